@@ -1,0 +1,2 @@
+//! blkfused: exports a disk image as a file.
+fn main() {}
