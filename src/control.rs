@@ -1,0 +1,281 @@
+//! What an export's owner, its queues and its unmounting share: where in its
+//! life the export is, the drain, and who must be told.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
+use std::sync::atomic::{AtomicU8, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::driver::{BlockDriver, Event, QueueInfo};
+use crate::error::{Error, Result};
+use crate::gate::Gate;
+use crate::protocol::MAX_LENGTH;
+use crate::wakeups::Wakeups;
+
+/// Where an export is in its life; it only moves on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub(crate) enum Phase {
+    /// Requests are served.
+    Serving,
+    /// It is being unmounted: requests are served, for an unmount may need
+    /// that, but those that a drain holds up are refused.
+    Stopping,
+    /// No more requests are taken; those in flight are answered.
+    Closed,
+}
+
+/// The driver, owned by its export. `gone` is signalled after the driver's
+/// own drop has returned.
+pub(crate) struct Owned<D> {
+    pub(crate) driver: D,
+    _gone: SignalOnDrop,
+}
+
+impl<D> Owned<D> {
+    pub(crate) fn new(driver: D, gone: Arc<Latch>) -> Self {
+        Self {
+            driver,
+            _gone: SignalOnDrop(gone),
+        }
+    }
+}
+
+/// Something that happens once and can be waited for.
+#[derive(Debug, Default)]
+pub(crate) struct Latch {
+    done: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Latch {
+    pub(crate) fn signal(&self) {
+        *self.done.lock() = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until it has happened or `deadline` is there; whether it has.
+    pub(crate) fn wait(&self, deadline: Option<Instant>) -> bool {
+        let mut done = self.done.lock();
+        while !*done {
+            match deadline {
+                None => self.changed.wait(&mut done),
+                Some(at) => {
+                    if self.changed.wait_until(&mut done, at).timed_out() {
+                        break;
+                    }
+                }
+            }
+        }
+        *done
+    }
+}
+
+struct SignalOnDrop(Arc<Latch>);
+
+impl Drop for SignalOnDrop {
+    fn drop(&mut self) {
+        self.0.signal();
+    }
+}
+
+/// The driver's methods that are not part of a request, apart from its type.
+pub(crate) trait Hooks: Send + Sync {
+    fn length(&self) -> io::Result<u64>;
+    fn queue_start(&self, queue: QueueInfo) -> io::Result<()>;
+    fn queue_stop(&self, queue: usize);
+    fn batch_begin(&self, queue: usize);
+    fn batch_end(&self, queue: usize);
+    fn idle(&self);
+    fn event(&self, event: &Event);
+}
+
+impl<D: BlockDriver> Hooks for Owned<D> {
+    fn length(&self) -> io::Result<u64> {
+        self.driver.length()
+    }
+    fn queue_start(&self, queue: QueueInfo) -> io::Result<()> {
+        self.driver.queue_start(queue)
+    }
+    fn queue_stop(&self, queue: usize) {
+        self.driver.queue_stop(queue);
+    }
+    fn batch_begin(&self, queue: usize) {
+        self.driver.batch_begin(queue);
+    }
+    fn batch_end(&self, queue: usize) {
+        self.driver.batch_end(queue);
+    }
+    fn idle(&self) {
+        self.driver.idle();
+    }
+    fn event(&self, event: &Event) {
+        self.driver.event(event);
+    }
+}
+
+/// Shared by everything that belongs to one export.
+pub(crate) struct Control {
+    /// The export's name in the log.
+    pub(crate) name: String,
+    hooks: Arc<dyn Hooks>,
+    /// Whole requests pass here; a drain closes it. Those inside are what is
+    /// in flight.
+    pub(crate) requests: Gate,
+    phase: AtomicU8,
+    /// Why the export halted.
+    failure: Mutex<Option<Error>>,
+    queues: OnceLock<Box<[Arc<Wakeups>]>>,
+}
+
+thread_local! {
+    /// The export whose queue this thread is dispatching.
+    static DISPATCHING: Cell<*const Control> = const { Cell::new(ptr::null()) };
+}
+
+/// Marks its thread as one that dispatches, until it is dropped.
+pub(crate) struct Dispatching(*const Control);
+
+impl Drop for Dispatching {
+    fn drop(&mut self) {
+        DISPATCHING.set(self.0);
+    }
+}
+
+impl Control {
+    pub(crate) fn new(name: String, hooks: Arc<dyn Hooks>, queues: usize) -> Self {
+        Self {
+            name,
+            hooks,
+            requests: Gate::new(queues),
+            phase: AtomicU8::new(Phase::Serving as u8),
+            failure: Mutex::new(None),
+            queues: OnceLock::new(),
+        }
+    }
+
+    /// Says how the queues are woken; once, before any of them serves.
+    pub(crate) fn set_queues(&self, queues: Box<[Arc<Wakeups>]>) {
+        self.queues
+            .set(queues)
+            .expect("an export gets its queues once");
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        match self.phase.load(SeqCst) {
+            0 => Phase::Serving,
+            1 => Phase::Stopping,
+            _ => Phase::Closed,
+        }
+    }
+
+    /// Moves on to `phase`; returns where the export was.
+    pub(crate) fn advance(&self, phase: Phase) -> Phase {
+        let before = self.phase.fetch_max(phase as u8, SeqCst);
+        self.kick();
+        match before {
+            0 => Phase::Serving,
+            1 => Phase::Stopping,
+            _ => Phase::Closed,
+        }
+    }
+
+    /// Makes every queue look at the phase and the drain again.
+    pub(crate) fn kick(&self) {
+        for queue in self.queues.get().into_iter().flatten() {
+            queue.kick();
+        }
+    }
+
+    /// Gives up: requests in flight are answered, no others are taken.
+    pub(crate) fn halt(&self, error: Error) {
+        {
+            let mut failure = self.failure.lock();
+            if failure.is_some() || self.phase() == Phase::Closed {
+                return;
+            }
+            *failure = Some(error.clone());
+        }
+        self.advance(Phase::Closed);
+        log::error!("{}: halted: {error}", self.name);
+        self.tell(&Event::Halted {
+            errno: error.errno(),
+            message: error.message().to_owned(),
+        });
+    }
+
+    /// The kernel has ended the connection.
+    pub(crate) fn disconnected(&self) {
+        // Several queues notice; the first one tells.
+        if self.advance(Phase::Closed) == Phase::Serving {
+            log::info!("{}: unmounted from outside", self.name);
+            self.tell(&Event::Unmounted);
+        }
+    }
+
+    /// Tells the driver what has happened.
+    pub(crate) fn tell(&self, event: &Event) {
+        let told = catch_unwind(AssertUnwindSafe(|| self.hooks.event(event)));
+        if let Err(panic) = told {
+            let message = panic_message(&*panic);
+            log::error!("{}: the event hook panicked: {message}", self.name);
+        }
+    }
+
+    /// Calls one of the driver's hooks; if it panics the export halts.
+    pub(crate) fn hook(&self, call: impl FnOnce(&dyn Hooks)) {
+        let called = catch_unwind(AssertUnwindSafe(|| call(&*self.hooks)));
+        if let Err(panic) = called {
+            self.panicked(&panic_message(&*panic));
+        }
+    }
+
+    /// The driver panicked and said `message`.
+    pub(crate) fn panicked(&self, message: &str) {
+        let text = format!("the driver panicked: {message}");
+        self.halt(Error::new(libc::ENOTRECOVERABLE, text));
+    }
+
+    /// The length that the driver says it has, checked.
+    pub(crate) fn driver_length(&self) -> Result<u64> {
+        let length = self.hooks.length();
+        let length = length.map_err(|e| Error::from_io("the driver's length", &e))?;
+        if length > MAX_LENGTH {
+            let text = format!("the driver's length of {length} bytes is more than 2^63 - 1");
+            return Err(Error::new(libc::EFBIG, text));
+        }
+        Ok(length)
+    }
+
+    /// Why the export halted, if it did.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        self.failure.lock().clone()
+    }
+
+    /// Marks this thread as dispatching for this export.
+    pub(crate) fn dispatching(&self) -> Dispatching {
+        Dispatching(DISPATCHING.replace(self))
+    }
+
+    /// Whether the caller is inside a callback of this export.
+    pub(crate) fn is_dispatching(&self) -> bool {
+        ptr::eq(DISPATCHING.get(), self)
+    }
+}
+
+/// What a panic said.
+pub(crate) fn panic_message(payload: &(dyn Any + Send)) -> String {
+    if let Some(text) = payload.downcast_ref::<&str>() {
+        (*text).to_owned()
+    } else if let Some(text) = payload.downcast_ref::<String>() {
+        text.clone()
+    } else {
+        "a panic without a message".to_owned()
+    }
+}

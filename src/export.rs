@@ -1,0 +1,689 @@
+//! The export: its life from start to deletion.
+//!
+//! Two counts are kept apart. *In flight* are requests that were begun and not
+//! answered; a drain waits for them ([`Control::requests`]). *References* keep
+//! memory alive: the owner's handle, every queue's thread, and the thread that
+//! unmounts each hold one, and when the last is gone the driver is dropped.
+
+use std::ffi::OsString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::SigSet;
+use parking_lot::Mutex;
+
+use crate::config::Config;
+use crate::control::{Control, Latch, Owned, Phase};
+use crate::driver::{BlockDriver, Event, QueueInfo};
+use crate::error::{Error, Result};
+use crate::file::{File, FilePolicy};
+use crate::legacy::{self, Legacy};
+use crate::mount::{self, AllowOther, Mount, MountOptions, Mounting, Unmount};
+use crate::operations::{Device, serve};
+use crate::protocol::{Agreement, Offer};
+use crate::queue::{BUDGET, Progress, Queue};
+use crate::stats::{AllStats, Stats};
+use crate::task::Task;
+use crate::wakeups::Wakeups;
+
+/// The largest READ and WRITE asked for, in bytes.
+const MAX_REQUEST: u32 = 1 << 20;
+/// The least that the kernel is told to keep in flight in the background,
+/// which is what asynchronous clients and readahead do.
+const MIN_BACKGROUND: usize = 256;
+/// How long a descriptor may take to bring INIT.
+const INIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a stop waits for the unmounting that it began. It takes longer
+/// only if the driver must first write what clients left in the page cache.
+const UNMOUNT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How an export is to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// The file vanishes at once, also while it is open; requests in flight
+    /// are answered, and whoever still has it open gets errors.
+    Lazy,
+    /// The same, but requests that wait are ended with an error first, so that
+    /// no client waits for the driver.
+    Force,
+    /// As `Lazy`, but only if nobody has the file open (else `EBUSY`).
+    IfIdle,
+}
+
+/// Where an export is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// It serves.
+    Started,
+    /// It was asked to end.
+    Stopping,
+    /// It has ended: stopped, unmounted from outside, or halted.
+    Ended,
+}
+
+/// Builds an [`Export`]; made by [`Export::builder`].
+#[derive(Debug)]
+pub struct Builder<D> {
+    driver: D,
+    pub(crate) config: Config,
+}
+
+impl<D: BlockDriver> Builder<D> {
+    pub(crate) fn new(driver: D) -> Self {
+        Self {
+            driver,
+            config: Config::default(),
+        }
+    }
+
+    /// The existing regular file to appear at. Required, unless
+    /// [`fuse_fd`](Self::fuse_fd) is given.
+    pub fn mountpoint(mut self, path: impl Into<PathBuf>) -> Self {
+        self.config.mountpoint = Some(path.into());
+        self
+    }
+
+    /// Serves a connection that somebody else has mounted: a /dev/fuse
+    /// descriptor whose INIT nobody has read. The mount then is theirs to
+    /// undo; the export's end leaves it dead.
+    pub fn fuse_fd(mut self, device: OwnedFd) -> Self {
+        self.config.fuse_fd = Some(device);
+        self
+    }
+
+    /// What is shown as the mounted device, such as the image's name.
+    pub fn source(mut self, name: impl Into<OsString>) -> Self {
+        self.config.source = Some(name.into());
+        self
+    }
+
+    /// Allows writing. Default: the file is read-only.
+    pub fn writable(mut self, writable: bool) -> Self {
+        self.config.writable = writable;
+        self
+    }
+
+    /// Lets writes past the end grow the file. Default: they fail.
+    pub fn growable(mut self, growable: bool) -> Self {
+        self.config.growable = growable;
+        self
+    }
+
+    /// Who besides the owner may use the file.
+    pub fn allow_other(mut self, others: AllowOther) -> Self {
+        self.config.allow_other = others;
+        self
+    }
+
+    /// How many queues serve it, each with a thread. 0, the default: one for
+    /// each CPU available, at most 8.
+    pub fn queues(mut self, queues: usize) -> Self {
+        self.config.queues = queues;
+        self
+    }
+
+    /// Mounts the file and begins to serve it. When this returns `Ok` the
+    /// file can be used; when it fails nothing is left behind.
+    ///
+    /// Must not be called by a thread that must answer for the driver before
+    /// [`BlockDriver::length`] or [`BlockDriver::queue_start`] can return.
+    pub fn start(self) -> Result<Export> {
+        start(self.driver, self.config)
+    }
+}
+
+/// An export that was started.
+///
+/// All methods may be called from any thread, at the same time, and from the
+/// driver's methods except where they say otherwise. Dropping an export stops
+/// it ([`Stop::Lazy`]); [`delete`](Self::delete) also waits for its end.
+#[derive(Debug)]
+pub struct Export {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    gone: Arc<Latch>,
+}
+
+/// What an export's handle, threads and unmounting share.
+struct Shared {
+    control: Arc<Control>,
+    file: Arc<File>,
+    stats: Arc<AllStats>,
+    config: Config,
+    agreement: Agreement,
+    /// The connection's first descriptor; closed with the last queue, which
+    /// ends the connection.
+    device: Mutex<Option<Arc<OwnedFd>>>,
+    mount: OnceLock<Mount>,
+    /// Queues that have not ended.
+    running: AtomicUsize,
+    /// Whether the unmounting has begun, gently and by force.
+    unmounting: AtomicBool,
+    forcing: AtomicBool,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared")
+            .field("name", &self.control.name)
+            .field("phase", &self.control.phase())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A connection whose INIT was answered and which is not yet served.
+struct Connection {
+    device: Arc<OwnedFd>,
+    /// To be attached; `None` if somebody else did the mounting.
+    mounting: Option<Mounting>,
+    agreement: Agreement,
+}
+
+fn start<D: BlockDriver>(driver: D, mut config: Config) -> Result<Export> {
+    let gone = Arc::new(Latch::default());
+    let driver = Arc::new(Owned::new(driver, gone.clone()));
+    config.check()?;
+    let queues = config.queue_count();
+    let limits = checked_limits(&driver.driver)?;
+    check_features(&driver.driver, &config)?;
+    let control = Control::new(config.name(), driver.clone(), queues);
+    let length = control.driver_length()?;
+
+    let fuse_fd = config.fuse_fd.take();
+    let connection = connect(&config, fuse_fd, queues)?;
+    let policy = FilePolicy {
+        writable: config.writable,
+        growable: config.growable,
+        others: connection.allows_others(&config),
+        uid: nix::unistd::geteuid().as_raw(),
+        gid: nix::unistd::getegid().as_raw(),
+        block_size: limits.block_size,
+    };
+    let shared = Arc::new(Shared {
+        control: Arc::new(control),
+        file: Arc::new(File::new(policy, length, queues)),
+        stats: Arc::new(AllStats::new(queues)),
+        config,
+        agreement: connection.agreement,
+        device: Mutex::new(Some(connection.device)),
+        mount: OnceLock::new(),
+        running: AtomicUsize::new(queues),
+        unmounting: AtomicBool::new(false),
+        forcing: AtomicBool::new(false),
+    });
+    let threads = start_queues(&shared, &driver, queues)?;
+    let export = Export {
+        shared,
+        threads,
+        gone,
+    };
+    if let Some(mounting) = connection.mounting {
+        match mounting.attach() {
+            Ok((_device, mount)) => {
+                let set = export.shared.mount.set(mount);
+                debug_assert!(set.is_ok(), "an export is mounted once");
+            }
+            Err(error) => {
+                export.abandon();
+                return Err(error);
+            }
+        }
+    }
+    log::info!(
+        "{}: {length} bytes, {} queues, FUSE 7.{}, requests of up to {} bytes",
+        export.shared.control.name,
+        queues,
+        connection.agreement.minor,
+        connection.agreement.max_request,
+    );
+    export.shared.control.tell(&Event::Started);
+    Ok(export)
+}
+
+fn checked_limits(driver: &impl BlockDriver) -> Result<crate::driver::Limits> {
+    let limits = driver.limits();
+    if limits.block_size < 512 || !limits.block_size.is_power_of_two() {
+        let text = format!(
+            "the driver's block size of {} bytes is not a power of two of at least 512",
+            limits.block_size
+        );
+        return Err(Error::new(libc::EINVAL, text));
+    }
+    Ok(limits)
+}
+
+fn check_features(driver: &impl BlockDriver, config: &Config) -> Result<()> {
+    let features = driver.features();
+    if config.writable && !features.write {
+        return Err(Error::new(
+            libc::EROFS,
+            "the driver cannot write; export it read-only",
+        ));
+    }
+    if config.growable && !features.truncate {
+        return Err(Error::new(
+            libc::EOPNOTSUPP,
+            "the driver cannot change its length; export it without \"growable\"",
+        ));
+    }
+    Ok(())
+}
+
+/// Gets a connection to the kernel and answers its INIT.
+fn connect(config: &Config, fuse_fd: Option<OwnedFd>, queues: usize) -> Result<Connection> {
+    let mounting = match (&fuse_fd, &config.mountpoint) {
+        (None, Some(mountpoint)) => Some(mount::prepare(&MountOptions {
+            mountpoint,
+            source: &config.source(),
+            writable: config.writable,
+            allow_other: config.allow_other,
+            max_read: MAX_REQUEST,
+        })?),
+        _ => None,
+    };
+    let device = match (&mounting, fuse_fd) {
+        (Some(mounting), _) => mounting
+            .device()
+            .try_clone_to_owned()
+            .map_err(|e| Error::from_io("cannot duplicate the FUSE descriptor", &e))?,
+        (None, Some(fd)) => fd,
+        (None, None) => unreachable!("checked: a mountpoint or a descriptor"),
+    };
+    let offer = Offer {
+        max_request: MAX_REQUEST,
+        max_background: (queues * legacy::SLOTS).clamp(MIN_BACKGROUND, u16::MAX.into()) as u16,
+    };
+    let agreement = legacy::handshake(device.as_fd(), &offer, INIT_TIMEOUT)
+        .map_err(|e| Error::new(e.errno(), format!("{}: {e}", config.name())))?;
+    Ok(Connection {
+        device: Arc::new(device),
+        mounting,
+        agreement,
+    })
+}
+
+impl Connection {
+    /// Whether the mount lets others than its owner in. Of a mount that
+    /// somebody else made only its maker knows, and may say so.
+    fn allows_others(&self, config: &Config) -> bool {
+        match &self.mounting {
+            Some(mounting) => mounting.allows_others(),
+            None => config.allow_other == AllowOther::On,
+        }
+    }
+}
+
+/// Starts every queue's thread; if one fails, none is left.
+fn start_queues<D: BlockDriver>(
+    shared: &Arc<Shared>,
+    driver: &Arc<Owned<D>>,
+    queues: usize,
+) -> Result<Vec<JoinHandle<()>>> {
+    let no_wakeups = |e: nix::Error| Error::from_io("cannot make an eventfd", &e.into());
+    let wakeups = (0..queues)
+        .map(|_| Wakeups::new(legacy::SLOTS).map(Arc::new))
+        .collect::<nix::Result<Box<[_]>>>()
+        .map_err(no_wakeups)?;
+    shared.control.set_queues(wakeups.clone());
+    let mut threads = Vec::with_capacity(queues);
+    let mut failed = None;
+    let (report, reports) = mpsc::channel();
+    for (index, wakeups) in wakeups.iter().enumerate() {
+        let starter = QueueStarter {
+            shared: shared.clone(),
+            driver: driver.clone(),
+            index,
+            wakeups: wakeups.clone(),
+        };
+        let report = report.clone();
+        let spawned = thread::Builder::new()
+            .name(format!("blkfuse-{index}"))
+            .spawn(move || starter.run(&report));
+        match spawned {
+            Ok(thread) => threads.push(thread),
+            Err(e) => {
+                failed = Some(Error::from_io("cannot start a queue's thread", &e));
+                break;
+            }
+        }
+    }
+    drop(report);
+    for outcome in reports.iter().take(threads.len()) {
+        failed = failed.or(outcome.err());
+    }
+    match failed {
+        None => Ok(threads),
+        Some(error) => {
+            shared.control.advance(Phase::Closed);
+            join(threads);
+            Err(error)
+        }
+    }
+}
+
+fn join(threads: Vec<JoinHandle<()>>) {
+    for thread in threads {
+        if thread.thread().id() != thread::current().id() && thread.join().is_err() {
+            log::error!("a queue's thread panicked");
+        }
+    }
+}
+
+/// What a queue's thread begins with.
+struct QueueStarter<D> {
+    shared: Arc<Shared>,
+    driver: Arc<Owned<D>>,
+    index: usize,
+    wakeups: Arc<Wakeups>,
+}
+
+impl<D: BlockDriver> QueueStarter<D> {
+    /// The thread of one queue; says on `report` whether it serves.
+    fn run(self, report: &mpsc::Sender<Result<()>>) {
+        // The program's signals are for the program's own threads.
+        if let Err(errno) = SigSet::all().thread_block() {
+            log::warn!("a queue's thread cannot block signals: {errno}");
+        }
+        let (shared, index) = (self.shared.clone(), self.index);
+        let queue = self.open();
+        let outcome = queue.as_ref().map(drop).map_err(Error::clone);
+        // The receiver is gone only if the start has failed already.
+        let _ = report.send(outcome);
+        if let Ok(mut queue) = queue {
+            loop {
+                match queue.dispatch(BUDGET) {
+                    Progress::More => {}
+                    Progress::Idle => queue.wait(),
+                    Progress::Finished => break,
+                }
+            }
+            shared.control.hook(|h| h.queue_stop(index));
+        }
+        shared.queue_ended();
+    }
+
+    fn open(self) -> Result<Queue<Legacy>> {
+        let Self {
+            shared,
+            driver,
+            index,
+            wakeups,
+        } = self;
+        let device = shared.queue_device()?;
+        let max_request = shared.agreement.max_request as usize;
+        let transport = Legacy::new(device, wakeups.clone(), max_request)
+            .map_err(|e| Error::from_io("cannot watch /dev/fuse", &e.into()))?;
+        let info = QueueInfo {
+            index,
+            slots: legacy::SLOTS,
+        };
+        let mut started = Err(Error::new(
+            libc::ENOTRECOVERABLE,
+            "the driver panicked while it started a queue",
+        ));
+        shared.control.hook(|h| {
+            started = h
+                .queue_start(info)
+                .map_err(|e| Error::from_io("the driver cannot start a queue", &e));
+        });
+        started?;
+        let device = Rc::new(Device {
+            driver,
+            file: shared.file.clone(),
+            stats: shared.stats.clone(),
+            queue: index,
+        });
+        let tasks = (0..legacy::SLOTS)
+            .map(|slot| {
+                Task::new(wakeups.waker(slot), |mailbox| {
+                    serve(device.clone(), slot, mailbox)
+                })
+            })
+            .collect();
+        let control = shared.control.clone();
+        Ok(Queue::new(index, control, wakeups, transport, tasks))
+    }
+}
+
+impl Shared {
+    /// A descriptor for one queue: its own, or the shared one where /dev/fuse
+    /// cannot be opened.
+    fn queue_device(&self) -> Result<Arc<OwnedFd>> {
+        let device = self.device.lock().clone();
+        let device =
+            device.ok_or_else(|| Error::new(libc::ENOTCONN, "the connection has ended"))?;
+        match legacy::clone_device(device.as_fd()) {
+            Ok(clone) => Ok(Arc::new(clone)),
+            Err(e) => {
+                log::debug!("queues share one FUSE descriptor: {e}");
+                Ok(device)
+            }
+        }
+    }
+
+    /// One queue takes no more requests and has closed its descriptor.
+    fn queue_ended(&self) {
+        if self.running.fetch_sub(1, SeqCst) == 1 {
+            self.device.lock().take();
+        }
+    }
+
+    /// Takes the file away, then has the queues end.
+    fn unmount(&self, how: Unmount) {
+        if let Some(mount) = self.mount.get()
+            && let Err(error) = mount.unmount(how)
+        {
+            log::warn!("{}: {error}", self.control.name);
+        }
+        self.control.advance(Phase::Closed);
+    }
+}
+
+impl Export {
+    /// Begins to describe an export of `driver`.
+    pub fn builder<D: BlockDriver>(driver: D) -> Builder<D> {
+        Builder::new(driver)
+    }
+
+    /// Asks for the end. Whatever `how` is, requests in flight are answered
+    /// when the driver is done with them; [`delete`](Self::delete) waits for
+    /// that, this does not. It returns when the file has been unmounted, or
+    /// after two seconds if that takes longer, or at once within a callback.
+    ///
+    /// `EBUSY`: [`Stop::IfIdle`] and the file is open; nothing has happened.
+    pub fn stop(&self, how: Stop) -> Result<()> {
+        let shared = &self.shared;
+        let control = &shared.control;
+        if how == Stop::IfIdle
+            && control.phase() == Phase::Serving
+            && shared.file.open_count() > 0
+        {
+            let text = format!("{}: the file is open", control.name);
+            return Err(Error::new(libc::EBUSY, text));
+        }
+        control.advance(Phase::Stopping);
+        let (begun, unmount) = match how {
+            Stop::Force => (&shared.forcing, Unmount::Force),
+            Stop::Lazy | Stop::IfIdle => (&shared.unmounting, Unmount::Lazy),
+        };
+        if begun.swap(true, SeqCst) {
+            return Ok(());
+        }
+        // In a thread of its own: the last unmount may wait for requests
+        // which need the caller to be completed.
+        let (mine, done) = (shared.clone(), Arc::new(Latch::default()));
+        let signal = done.clone();
+        let spawned = thread::Builder::new()
+            .name("blkfuse-unmount".to_owned())
+            .spawn(move || {
+                mine.unmount(unmount);
+                signal.signal();
+            });
+        match spawned {
+            Ok(_) if control.is_dispatching() => {}
+            Ok(_) => {
+                done.wait(Some(Instant::now() + UNMOUNT_PATIENCE));
+            }
+            Err(e) => {
+                log::warn!("{}: no thread to unmount in: {e}", control.name);
+                shared.unmount(unmount);
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops the export if that has not happened, and waits until it is gone:
+    /// everything answered, nothing mounted, the driver dropped, no thread
+    /// left. Waits at most `timeout` if one is given (`ETIMEDOUT`); the export
+    /// then goes when the driver has completed what is in flight.
+    ///
+    /// Refused within a callback of this export (`EDEADLK`); it is then
+    /// stopped and goes by itself.
+    pub fn delete(mut self, timeout: Option<Duration>) -> Result<()> {
+        let deadline = timeout.map(|t| Instant::now() + t);
+        if self.shared.control.is_dispatching() {
+            return Err(deadlock("delete"));
+        }
+        let name = self.shared.control.name.clone();
+        self.stop(Stop::Lazy)?;
+        let threads = std::mem::take(&mut self.threads);
+        let gone = self.gone.clone();
+        drop(self);
+        if !gone.wait(deadline) {
+            let text = format!("{name}: the driver has not completed every request");
+            return Err(Error::new(libc::ETIMEDOUT, text));
+        }
+        join(threads);
+        Ok(())
+    }
+
+    /// Undoes a start that failed late.
+    fn abandon(mut self) {
+        self.shared.control.advance(Phase::Closed);
+        join(std::mem::take(&mut self.threads));
+    }
+
+    /// Begins a drain: no further request is begun until as many
+    /// [`drain_end`](Self::drain_end)s have followed; those that arrive wait.
+    /// Does not wait for those in flight. `EDEADLK` within a callback.
+    pub fn drain_begin(&self) -> Result<()> {
+        if self.shared.control.is_dispatching() {
+            return Err(deadlock("drain"));
+        }
+        self.shared.control.requests.close();
+        Ok(())
+    }
+
+    /// Whether a request is still in flight.
+    pub fn drain_poll(&self) -> bool {
+        !self.shared.control.requests.is_empty()
+    }
+
+    /// Ends a drain. `EINVAL` if there is none.
+    pub fn drain_end(&self) -> Result<()> {
+        match self.shared.control.requests.open() {
+            None => Err(Error::new(libc::EINVAL, "there is no drain to end")),
+            Some(false) => Ok(()),
+            Some(true) => {
+                self.shared.control.kick();
+                Ok(())
+            }
+        }
+    }
+
+    /// Waits until every request that has been begun is answered, holding
+    /// later ones up meanwhile. `ETIMEDOUT` if that takes longer than
+    /// `timeout`; `EDEADLK` within a callback.
+    pub fn drain(&self, timeout: Option<Duration>) -> Result<()> {
+        self.drain_begin()?;
+        let deadline = timeout.map(|t| Instant::now() + t);
+        let empty = self.shared.control.requests.wait_empty(deadline);
+        self.drain_end()?;
+        if empty {
+            Ok(())
+        } else {
+            Err(Error::new(libc::ETIMEDOUT, "requests are still in flight"))
+        }
+    }
+
+    /// The driver's length has changed without a client's doing: asks
+    /// [`BlockDriver::length`] and tells the kernel. When this returns,
+    /// clients see the new length.
+    pub fn resized(&self) -> Result<()> {
+        let length = self.shared.control.driver_length()?;
+        self.shared.file.set_length(length);
+        if let Some(device) = &*self.shared.device.lock() {
+            legacy::notify_resized(device.as_fd(), length);
+        }
+        Ok(())
+    }
+
+    /// What has been done so far.
+    pub fn stats(&self) -> Stats {
+        self.shared
+            .stats
+            .sum(self.shared.control.requests.count())
+    }
+
+    /// Where the export is in its life.
+    pub fn state(&self) -> State {
+        match self.shared.control.phase() {
+            Phase::Serving => State::Started,
+            Phase::Stopping => State::Stopping,
+            Phase::Closed => State::Ended,
+        }
+    }
+
+    /// Why the export halted, if it did.
+    pub fn failure(&self) -> Option<Error> {
+        self.shared.control.failure()
+    }
+
+    /// How many queues serve it.
+    pub fn queue_count(&self) -> usize {
+        self.shared.stats.queue_count()
+    }
+
+    /// The largest read and write that reaches the driver, in bytes.
+    pub fn max_request(&self) -> u32 {
+        self.shared.agreement.max_request
+    }
+
+    /// Whether the caller is inside a callback of this export.
+    pub(crate) fn is_dispatching(&self) -> bool {
+        self.shared.control.is_dispatching()
+    }
+
+    /// What the export was asked to be.
+    pub(crate) fn config(&self) -> &Config {
+        &self.shared.config
+    }
+
+    /// The minor version of the protocol spoken.
+    pub(crate) fn protocol_minor(&self) -> u32 {
+        self.shared.agreement.minor
+    }
+
+    /// How the file was mounted; `None` if somebody else did it.
+    pub(crate) fn mount_method(&self) -> Option<&'static str> {
+        self.shared.mount.get().map(Mount::method)
+    }
+}
+
+impl Drop for Export {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop(Stop::Lazy) {
+            log::warn!("{error}");
+        }
+    }
+}
+
+fn deadlock(what: &str) -> Error {
+    let text = format!("{what} within a callback of the same export would wait for itself");
+    Error::new(libc::EDEADLK, text)
+}

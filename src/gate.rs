@@ -1,0 +1,189 @@
+//! A gate that work passes on its way in and out, and that can be closed to
+//! wait until nobody is inside.
+//!
+//! Every queue counts its own passages in a cache line of its own, so passing
+//! costs no memory that two queues share. Closing is rare and pays for it.
+//! A drain is a gate around whole requests; shrinking the image is a gate
+//! around the operations that change it.
+//!
+//! Ordering: who enters counts itself and then looks whether the gate is
+//! closed; who closes marks the gate and then looks at the counts. All four
+//! are `SeqCst`, so at least one of the two sees the other.
+
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::task::{Context, Poll, Waker};
+use std::time::Instant;
+
+use crossbeam_utils::CachePadded;
+use parking_lot::{Condvar, Mutex};
+
+/// Counts who is inside, by queue, and can be closed any number of times.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    inside: Box<[CachePadded<AtomicUsize>]>,
+    closers: AtomicUsize,
+    /// Futures that wait for emptiness; threads wait on `emptied`.
+    waiting: Mutex<Vec<Waker>>,
+    emptied: Condvar,
+}
+
+impl Gate {
+    pub(crate) fn new(queues: usize) -> Self {
+        Self {
+            inside: (0..queues).map(|_| CachePadded::default()).collect(),
+            closers: AtomicUsize::new(0),
+            waiting: Mutex::new(Vec::new()),
+            emptied: Condvar::new(),
+        }
+    }
+
+    /// Goes inside, unless the gate is closed.
+    pub(crate) fn try_enter(&self, queue: usize) -> bool {
+        self.inside[queue].fetch_add(1, SeqCst);
+        if self.is_closed() {
+            self.leave(queue);
+            return false;
+        }
+        true
+    }
+
+    /// Goes out; true if the gate is closed and nobody is left inside.
+    pub(crate) fn leave(&self, queue: usize) -> bool {
+        self.inside[queue].fetch_sub(1, SeqCst);
+        if !self.is_closed() || !self.is_empty() {
+            return false;
+        }
+        // Under the lock, so that nobody is between its look at the counts
+        // and its sleep.
+        let wakers = std::mem::take(&mut *self.waiting.lock());
+        self.emptied.notify_all();
+        wakers.into_iter().for_each(Waker::wake);
+        true
+    }
+
+    /// Closes the gate once more: whoever is outside stays there.
+    pub(crate) fn close(&self) {
+        self.closers.fetch_add(1, SeqCst);
+    }
+
+    /// Takes one [`close`](Self::close) back; true if that opened the gate,
+    /// `None` if it was not closed.
+    pub(crate) fn open(&self) -> Option<bool> {
+        let before = self
+            .closers
+            .fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1));
+        before.ok().map(|n| n == 1)
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closers.load(SeqCst) != 0
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.count() == 0
+    }
+
+    /// How many are inside.
+    pub(crate) fn count(&self) -> usize {
+        self.inside.iter().map(|n| n.load(SeqCst)).sum()
+    }
+
+    /// With the gate closed: ready once nobody is inside.
+    pub(crate) fn poll_empty(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.is_empty() {
+            return Poll::Ready(());
+        }
+        let mut waiting = self.waiting.lock();
+        if !waiting.iter().any(|w| w.will_wake(cx.waker())) {
+            waiting.push(cx.waker().clone());
+        }
+        drop(waiting);
+        if self.is_empty() {
+            return Poll::Ready(());
+        }
+        Poll::Pending
+    }
+
+    /// With the gate closed: blocks until nobody is inside, or until
+    /// `deadline`; true if the gate is empty.
+    pub(crate) fn wait_empty(&self, deadline: Option<Instant>) -> bool {
+        let mut guard = self.waiting.lock();
+        while !self.is_empty() {
+            match deadline {
+                None => self.emptied.wait(&mut guard),
+                Some(at) => {
+                    if self.emptied.wait_until(&mut guard, at).timed_out() {
+                        return self.is_empty();
+                    }
+                }
+            }
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicBool;
+    use std::thread;
+    use std::time::Duration;
+
+    #[test]
+    fn a_closed_gate_lets_nobody_in_until_the_last_opening() {
+        let gate = Gate::new(2);
+        assert!(gate.try_enter(1));
+        gate.close();
+        gate.close();
+        assert!(!gate.try_enter(0));
+        assert!(!gate.is_empty());
+        assert!(gate.leave(1));
+        assert_eq!(gate.open(), Some(false));
+        assert!(!gate.try_enter(0));
+        assert_eq!(gate.open(), Some(true));
+        assert!(gate.try_enter(0));
+        assert!(!gate.leave(0));
+        assert_eq!(gate.open(), None);
+    }
+
+    #[test]
+    fn waiting_ends_at_the_deadline_while_somebody_is_inside() {
+        let gate = Gate::new(1);
+        assert!(gate.try_enter(0));
+        gate.close();
+        assert!(!gate.wait_empty(Some(Instant::now() + Duration::from_millis(5))));
+        gate.leave(0);
+        assert!(gate.wait_empty(None));
+    }
+
+    #[test]
+    fn nobody_is_inside_while_a_closer_has_seen_it_empty() {
+        let rounds = if cfg!(miri) { 20 } else { 5_000 };
+        let gate = Arc::new(Gate::new(2));
+        let alone = Arc::new(AtomicBool::new(false));
+        let workers: Vec<_> = (0..2)
+            .map(|queue| {
+                let (gate, alone) = (gate.clone(), alone.clone());
+                thread::spawn(move || {
+                    for _ in 0..rounds {
+                        if gate.try_enter(queue) {
+                            assert!(!alone.load(SeqCst));
+                            gate.leave(queue);
+                        }
+                        thread::yield_now();
+                    }
+                })
+            })
+            .collect();
+        for _ in 0..rounds / 10 {
+            gate.close();
+            gate.wait_empty(None);
+            alone.store(true, SeqCst);
+            thread::yield_now();
+            alone.store(false, SeqCst);
+            gate.open();
+        }
+        workers.into_iter().for_each(|w| w.join().unwrap());
+    }
+}

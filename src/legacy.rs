@@ -1,0 +1,457 @@
+//! The transport over /dev/fuse: read(2) brings a request, write(2) takes its
+//! reply. Protocol: the kernel's `Documentation/filesystems/fuse/fuse.rst`
+//! and `fs/fuse/dev.c`.
+//!
+//! Each queue has a descriptor of its own, cloned from the connection's, and
+//! waits for it in an epoll set of its own with EPOLLEXCLUSIVE, so that a
+//! request wakes one queue and not all of them.
+
+use std::fs::OpenOptions;
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::uio::{readv, writev};
+use zerocopy::IntoBytes;
+
+use crate::error::{Error, Result};
+use crate::protocol::{
+    Agreement, InHeader, Offer, OutHeader, negotiate, notify, opcode, operation_size,
+};
+use crate::slot::{Reply, Slot};
+use crate::transport::{Fetched, Transport};
+use crate::wakeups::Wakeups;
+
+/// How many requests a queue can have in flight. Slots are made as they are
+/// needed: a driver that answers at once uses one.
+pub(crate) const SLOTS: usize = 64;
+
+/// The kernel refuses to read into less than this many bytes.
+const MIN_READ_BUFFER: usize = 8192;
+/// As much of the operation as is read in front of the payload: just a
+/// WRITE's, so that its data arrive where they are wanted.
+const OPERATION_READ: usize = 40;
+
+mod ioctl {
+    nix::ioctl_read!(
+        /// `FUSE_DEV_IOC_CLONE`: ties a fresh /dev/fuse to a connection.
+        fuse_dev_clone, 229, 0, u32
+    );
+}
+
+/// A further descriptor of the connection that `device` belongs to. Fails
+/// where /dev/fuse cannot be opened; then `device` itself is to be shared.
+pub(crate) fn clone_device(device: BorrowedFd<'_>) -> std::io::Result<OwnedFd> {
+    let clone = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_CLOEXEC)
+        .open("/dev/fuse")?;
+    let mut original = device.as_raw_fd() as u32;
+    // SAFETY: the ioctl reads one u32 through the pointer, which is to a live
+    // local, and keeps nothing. A kernel that does not know it says so.
+    unsafe { ioctl::fuse_dev_clone(clone.as_raw_fd(), &mut original) }?;
+    Ok(clone.into())
+}
+
+/// Reads INIT and answers it. Waits for it at most `timeout`.
+pub(crate) fn handshake(
+    device: BorrowedFd<'_>,
+    offer: &Offer,
+    timeout: Duration,
+) -> Result<Agreement> {
+    let deadline = Instant::now() + timeout;
+    let mut buffer = vec![0; 128 << 10];
+    loop {
+        let (header, body) = receive_init(device, &mut buffer, deadline)?;
+        let reply = negotiate(body, offer).map_err(|reason| {
+            let refusal = refuse_init(device, header.unique);
+            if let Err(errno) = refusal {
+                log::debug!("INIT could not be refused: {errno}");
+            }
+            Error::new(libc::EPROTO, reason)
+        })?;
+        let out = OutHeader {
+            len: (size_of::<OutHeader>() + reply.bytes().len()) as u32,
+            error: 0,
+            unique: header.unique,
+        };
+        let parts = [IoSlice::new(out.as_bytes()), IoSlice::new(reply.bytes())];
+        writev(device, &parts).map_err(|e| failed("cannot answer INIT", e))?;
+        if let Some(agreement) = reply.agreement {
+            return Ok(agreement);
+        }
+    }
+}
+
+fn refuse_init(device: BorrowedFd<'_>, unique: u64) -> nix::Result<usize> {
+    let out = OutHeader {
+        len: size_of::<OutHeader>() as u32,
+        error: -libc::EPROTO,
+        unique,
+    };
+    writev(device, &[IoSlice::new(out.as_bytes())])
+}
+
+fn receive_init<'a>(
+    device: BorrowedFd<'_>,
+    buffer: &'a mut [u8],
+    deadline: Instant,
+) -> Result<(InHeader, &'a [u8])> {
+    let head = size_of::<InHeader>();
+    let len = loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut fds = [PollFd::new(device, PollFlags::POLLIN)];
+        let millis = u16::try_from(left.as_millis()).unwrap_or(u16::MAX);
+        match poll(&mut fds, PollTimeout::from(millis)) {
+            Ok(0) if left.is_zero() => {
+                return Err(Error::new(
+                    libc::ETIMEDOUT,
+                    "the FUSE descriptor brings no INIT; is it mounted, and not yet served?",
+                ));
+            }
+            Ok(0) | Err(Errno::EINTR) => continue,
+            Ok(_) => {}
+            Err(e) => return Err(failed("cannot wait for INIT", e)),
+        }
+        match nix::unistd::read(device, buffer) {
+            Ok(len) => break len,
+            Err(Errno::EINTR | Errno::EAGAIN) => continue,
+            Err(e) => return Err(failed("cannot read INIT from the FUSE descriptor", e)),
+        }
+    };
+    let header = parse_header(&buffer[..len]);
+    match header {
+        Some(header) if header.opcode == opcode::INIT => Ok((header, &buffer[head..len])),
+        _ => Err(Error::new(
+            libc::EPROTO,
+            "the FUSE descriptor's first message is not INIT; it was served before",
+        )),
+    }
+}
+
+/// The header, if the message is as long as it says.
+fn parse_header(message: &[u8]) -> Option<InHeader> {
+    use zerocopy::FromBytes;
+    let (header, _) = InHeader::read_from_prefix(message).ok()?;
+    (header.len as usize == message.len()).then_some(header)
+}
+
+fn failed(what: &str, errno: Errno) -> Error {
+    Error::new(errno as i32, format!("{what}: {}", errno.desc()))
+}
+
+/// Tells the kernel something that it did not ask for.
+fn notify(device: BorrowedFd<'_>, code: i32, body: &[u8]) -> nix::Result<()> {
+    let out = OutHeader {
+        len: (size_of::<OutHeader>() + body.len()) as u32,
+        error: code,
+        unique: 0,
+    };
+    let parts = [IoSlice::new(out.as_bytes()), IoSlice::new(body)];
+    writev(device, &parts).map(drop)
+}
+
+/// Tells the kernel that the file's length has changed from outside: its idea
+/// of the length grows at once, and its attributes are asked for anew. Must
+/// not be called by a thread that serves a queue.
+pub(crate) fn notify_resized(device: BorrowedFd<'_>, length: u64) {
+    use crate::protocol::{NotifyInvalInodeOut, NotifyStoreOut, ROOT_ID};
+    // Storing nothing at the new end stores nothing, but moves the end.
+    let store = NotifyStoreOut {
+        nodeid: ROOT_ID,
+        offset: length,
+        ..NotifyStoreOut::default()
+    };
+    // A negative offset: the attributes alone, no page of the cache.
+    let invalidate = NotifyInvalInodeOut {
+        ino: ROOT_ID,
+        off: -1,
+        len: 0,
+    };
+    let told = notify(device, notify::STORE, store.as_bytes())
+        .and_then(|()| notify(device, notify::INVAL_INODE, invalidate.as_bytes()));
+    // ENOENT: nobody has looked at the file yet, so there is nothing to tell.
+    if let Err(errno) = told
+        && errno != Errno::ENOENT
+    {
+        log::debug!("the kernel was not told of the new length: {errno}");
+    }
+}
+
+/// One queue's connection to /dev/fuse.
+pub(crate) struct Legacy {
+    device: Arc<OwnedFd>,
+    epoll: Epoll,
+    wakeups: Arc<Wakeups>,
+    free: Vec<Box<Slot>>,
+    made: usize,
+    capacity: usize,
+}
+
+const EVENT_DEVICE: u64 = 0;
+const EVENT_WAKEUP: u64 = 1;
+
+impl Legacy {
+    /// `device` is made non-blocking.
+    pub(crate) fn new(
+        device: Arc<OwnedFd>,
+        wakeups: Arc<Wakeups>,
+        max_request: usize,
+    ) -> nix::Result<Self> {
+        let flags = OFlag::from_bits_retain(fcntl(&*device, FcntlArg::F_GETFL)?);
+        fcntl(&*device, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(
+            wakeups.descriptor(),
+            EpollEvent::new(EpollFlags::EPOLLIN, EVENT_WAKEUP),
+        )?;
+        let legacy = Self {
+            device,
+            epoll,
+            wakeups,
+            free: Vec::with_capacity(SLOTS),
+            made: 0,
+            capacity: max_request.max(MIN_READ_BUFFER),
+        };
+        legacy.watch()?;
+        Ok(legacy)
+    }
+
+    fn watch(&self) -> nix::Result<()> {
+        let events = EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE;
+        self.epoll
+            .add(self.device.as_fd(), EpollEvent::new(events, EVENT_DEVICE))
+    }
+
+    fn free_slot(&mut self) -> Result<Option<Box<Slot>>> {
+        if let Some(slot) = self.free.pop() {
+            return Ok(Some(slot));
+        }
+        if self.made == SLOTS {
+            return Ok(None);
+        }
+        let slot = Slot::new(self.made, self.capacity)
+            .map_err(|e| Error::from_io("no memory for a request", &e))?;
+        self.made += 1;
+        Ok(Some(Box::new(slot)))
+    }
+
+    /// Reads one message into `slot`; returns its length.
+    fn receive(&self, slot: &mut Slot) -> nix::Result<usize> {
+        let (head, payload) = slot.receive();
+        let mut parts = [
+            IoSliceMut::new(&mut head.in_out[..size_of::<InHeader>()]),
+            IoSliceMut::new(&mut head.operation[..OPERATION_READ]),
+            IoSliceMut::new(payload),
+        ];
+        readv(&*self.device, &mut parts)
+    }
+
+    /// Sends a reply of a header and `data`.
+    fn send(&self, unique: u64, errno: i32, data: &[u8]) -> Result<()> {
+        let out = OutHeader {
+            len: (size_of::<OutHeader>() + data.len()) as u32,
+            error: -errno,
+            unique,
+        };
+        let parts = [IoSlice::new(out.as_bytes()), IoSlice::new(data)];
+        loop {
+            return match writev(&*self.device, &parts) {
+                Ok(_) => Ok(()),
+                Err(Errno::EINTR) => continue,
+                // The request was aborted, or the connection is gone: the
+                // next read will tell.
+                Err(Errno::ENOENT | Errno::ENODEV | Errno::ECONNABORTED) => Ok(()),
+                // Without an answer the client would wait for ever, and only
+                // ending the connection lets it go.
+                Err(e) => Err(failed("cannot answer a request", e)),
+            };
+        }
+    }
+
+    /// Answers a message that cannot be trusted, if it shows its number.
+    fn distrust(&self, slot: &Slot, len: usize) -> Error {
+        if len >= size_of::<InHeader>()
+            && let Err(error) = self.send(slot.header().unique, libc::EIO, &[])
+        {
+            log::debug!("{error}");
+        }
+        Error::new(
+            libc::EPROTO,
+            format!(
+                "a FUSE message of {len} bytes says it has {}",
+                if len >= 4 { slot.header().len } else { 0 }
+            ),
+        )
+    }
+}
+
+/// Puts a message of `len` bytes, just received, into the slot's shape:
+/// what its operation has in front, the rest in the payload. False if that
+/// leaves more than the payload can hold.
+fn arrange(slot: &mut Slot, len: usize) -> bool {
+    let arguments = len - size_of::<InHeader>();
+    let operation = operation_size(slot.header().opcode).min(arguments);
+    let in_head = arguments.min(OPERATION_READ);
+    let in_payload = arguments - in_head;
+    let rest = arguments - operation;
+    let (head, payload) = slot.receive();
+    if rest > payload.len() {
+        return false;
+    }
+    if operation > in_head {
+        let missing = operation - in_head;
+        head.operation[in_head..operation].copy_from_slice(&payload[..missing]);
+        payload.copy_within(missing..in_payload, 0);
+    } else if operation < in_head {
+        let surplus = in_head - operation;
+        payload.copy_within(..in_payload, surplus);
+        payload[..surplus].copy_from_slice(&head.operation[operation..in_head]);
+    }
+    slot.arrived(rest, rest.max(in_payload));
+    true
+}
+
+impl Transport for Legacy {
+    fn slots(&self) -> usize {
+        SLOTS
+    }
+
+    fn fetch(&mut self) -> Fetched {
+        let mut slot = match self.free_slot() {
+            Ok(Some(slot)) => slot,
+            Ok(None) => return Fetched::Nothing,
+            Err(error) => return Fetched::Broken(error),
+        };
+        let fetched = loop {
+            match self.receive(&mut slot) {
+                // Not a kernel's doing: a stand-in for it has closed its end.
+                Ok(0) => break Fetched::Gone,
+                Ok(len) => {
+                    if len < size_of::<InHeader>() || slot.header().len as usize != len {
+                        break Fetched::Broken(self.distrust(&slot, len));
+                    }
+                    if arrange(&mut slot, len) {
+                        return Fetched::Request(slot);
+                    }
+                    if let Err(error) = self.send(slot.header().unique, libc::EINVAL, &[]) {
+                        break Fetched::Broken(error);
+                    }
+                }
+                // Interrupted; or the request was aborted, or could not be
+                // copied and has been ended by the kernel: the next one.
+                Err(Errno::EINTR | Errno::ENOENT | Errno::EIO) => {}
+                Err(Errno::EAGAIN) => break Fetched::Nothing,
+                Err(Errno::ENODEV | Errno::ECONNABORTED | Errno::ENOTCONN) => break Fetched::Gone,
+                Err(e) => break Fetched::Broken(failed("cannot read from /dev/fuse", e)),
+            }
+        };
+        self.free.push(slot);
+        fetched
+    }
+
+    fn commit(&mut self, slot: Box<Slot>) -> Result<()> {
+        let unique = slot.header().unique;
+        let sent = match slot.reply {
+            Reply::Nothing => Ok(()),
+            Reply::Error(errno) => self.send(unique, errno, &[]),
+            Reply::Payload(len) => self.send(unique, 0, slot.outgoing(len)),
+        };
+        self.free.push(slot);
+        sent
+    }
+
+    fn want_requests(&mut self, wanted: bool) -> Result<()> {
+        let result = if wanted {
+            self.watch()
+        } else {
+            self.epoll.delete(self.device.as_fd())
+        };
+        result.map_err(|e| failed("cannot watch /dev/fuse", e))
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        let mut events = [EpollEvent::empty(); 2];
+        match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+            Ok(n) => {
+                if events[..n].iter().any(|e| e.data() == EVENT_WAKEUP) {
+                    self.wakeups.clear();
+                }
+                Ok(())
+            }
+            Err(Errno::EINTR) => Ok(()),
+            Err(e) => Err(failed("cannot wait for requests", e)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{ROOT_ID, SetattrIn, WriteIn};
+
+    /// A slot into which `message` was read as from /dev/fuse.
+    fn read_into_slot(opcode: u32, body: &[u8]) -> (Slot, bool) {
+        let mut slot = Slot::new(0, MIN_READ_BUFFER).unwrap();
+        let len = size_of::<InHeader>() + body.len();
+        let header = InHeader {
+            len: len as u32,
+            opcode,
+            nodeid: ROOT_ID,
+            ..InHeader::default()
+        };
+        let (head, payload) = slot.receive();
+        head.in_out[..size_of::<InHeader>()].copy_from_slice(header.as_bytes());
+        let split = body.len().min(OPERATION_READ);
+        head.operation[..split].copy_from_slice(&body[..split]);
+        payload[..body.len() - split].copy_from_slice(&body[split..]);
+        let fits = arrange(&mut slot, len);
+        (slot, fits)
+    }
+
+    #[test]
+    fn every_message_takes_the_rings_shape() {
+        let write = WriteIn {
+            size: 3,
+            ..WriteIn::default()
+        };
+        let body = [write.as_bytes(), b"abc"].concat();
+        let (slot, _) = read_into_slot(opcode::WRITE, &body);
+        assert_eq!(slot.data(), b"abc");
+
+        let setattr = SetattrIn {
+            valid: 8,
+            size: 99,
+            gid: 7,
+            ..SetattrIn::default()
+        };
+        let (slot, _) = read_into_slot(opcode::SETATTR, setattr.as_bytes());
+        assert_eq!(&slot.head.operation[..88], setattr.as_bytes());
+        assert_eq!(slot.data(), b"");
+
+        let name = [b'n'; 60];
+        let body = [&[1, 2, 3, 4, 5, 6, 7, 8][..], &name].concat();
+        let (slot, _) = read_into_slot(opcode::GETXATTR, &body);
+        assert_eq!(slot.head.operation[..8], [1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(slot.data(), name);
+
+        let (slot, _) = read_into_slot(opcode::LOOKUP, b"x\0");
+        assert_eq!(slot.data(), b"x\0");
+        let (slot, _) = read_into_slot(opcode::STATFS, b"");
+        assert_eq!(slot.data(), b"");
+    }
+
+    #[test]
+    fn a_message_with_more_than_the_payload_holds_is_known() {
+        let body = vec![0; OPERATION_READ + MIN_READ_BUFFER];
+        assert!(read_into_slot(opcode::WRITE, &body).1);
+        assert!(!read_into_slot(opcode::LOOKUP, &body).1);
+    }
+}

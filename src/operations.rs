@@ -1,0 +1,577 @@
+//! What each FUSE operation means for a block device.
+//!
+//! The only place with the semantics of the exported file. It runs over any
+//! transport and any driver; one task for each slot serves one request after
+//! the other, and waits only for the driver or for a lock that another
+//! request holds while it waits for the driver.
+
+use std::future::{Future, poll_fn};
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Instant;
+
+use crate::control::{Owned, panic_message};
+use crate::driver::{BlockDriver, Extent, Io};
+use crate::error::errno_of;
+use crate::file::{Changes, File, NewTime};
+use crate::protocol::{
+    AttrOut, LseekOut, MAX_LENGTH, OpenOut, SetattrIn, StatfsOut, WriteOut, open_flag, set,
+};
+use crate::request::{Errno, Operation, decode};
+use crate::slot::{Reply, Slot};
+use crate::stats::{AllStats, OpKind};
+use crate::task::Mailbox;
+
+/// How long the kernel may keep attributes, in seconds. Changes through the
+/// mount and resizes by the host invalidate them at once.
+const ATTR_VALID: u64 = 1;
+/// After how many extents a search lets other requests run.
+const EXTENTS_AT_ONCE: u32 = 64;
+
+/// What `serve` works on: the device of one export, as one queue sees it.
+pub(crate) struct Device<D> {
+    pub(crate) driver: Arc<Owned<D>>,
+    pub(crate) file: Arc<File>,
+    pub(crate) stats: Arc<AllStats>,
+    pub(crate) queue: usize,
+}
+
+/// A slot's task: serves the requests that arrive in the mailbox, for ever.
+pub(crate) async fn serve<D: BlockDriver>(
+    device: Rc<Device<D>>,
+    index: usize,
+    mailbox: Rc<Mailbox>,
+) {
+    loop {
+        let mut slot = mailbox.receive().await;
+        let start = Instant::now();
+        let request = Request {
+            device: &device,
+            io: Io::new(device.queue, index),
+        };
+        let decoded = decode(
+            &slot.header(),
+            &slot.head.operation,
+            slot.payload_len(),
+            slot.capacity(),
+        );
+        let kind = decoded.as_ref().map_or(OpKind::Other, kind_of);
+        let outcome = match decoded {
+            Ok(operation) => caught(request.handle(operation, &mut slot)).await,
+            Err(errno) => Ok(Err(errno)),
+        };
+        let (outcome, panic) = match outcome {
+            Ok(outcome) => (outcome, None),
+            Err(message) => (Err(libc::EIO), Some(message)),
+        };
+        if let Err(errno) = outcome {
+            slot.reply = Reply::Error(errno);
+        }
+        let stats = device.stats.queue(device.queue);
+        stats.record(kind, outcome, start.elapsed());
+        mailbox.answer(slot, panic);
+    }
+}
+
+/// Polls `future` to its end; a panic in it becomes its message.
+async fn caught<F: Future>(future: F) -> Result<F::Output, String> {
+    let mut future = pin!(future);
+    poll_fn(|cx| {
+        // Unwind safety: after a panic the future is dropped unpolled, and the
+        // export halts, so nobody relies on state the panic left half-done.
+        match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx))) {
+            Ok(poll) => poll.map(Ok),
+            Err(payload) => Poll::Ready(Err(panic_message(&*payload))),
+        }
+    })
+    .await
+}
+
+fn kind_of(operation: &Operation) -> OpKind {
+    match operation {
+        Operation::Read { .. } => OpKind::Read,
+        Operation::Write { .. } => OpKind::Write,
+        Operation::Flush { .. } | Operation::Fsync => OpKind::Flush,
+        Operation::Fallocate { .. } => OpKind::Allocate,
+        _ => OpKind::Other,
+    }
+}
+
+/// The errno to answer with. ENOSYS would make the kernel stop asking, and
+/// pretend success where it must not (fsync); values that the protocol does
+/// not carry would be refused and leave the client waiting.
+fn answerable(error: &io::Error) -> Errno {
+    match errno_of(error) {
+        libc::ENOSYS => libc::EOPNOTSUPP,
+        errno @ 1..512 => errno,
+        _ => libc::EIO,
+    }
+}
+
+/// Whether the driver asks for the engine's fallback.
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(errno_of(error), libc::EOPNOTSUPP | libc::ENOSYS)
+}
+
+/// Bytes of data moved, or the errno to answer with.
+type Outcome = Result<u64, Errno>;
+
+struct Request<'a, D> {
+    device: &'a Device<D>,
+    io: Io<'a>,
+}
+
+impl<D: BlockDriver> Request<'_, D> {
+    fn driver(&self) -> &D {
+        &self.device.driver.driver
+    }
+
+    fn file(&self) -> &File {
+        &self.device.file
+    }
+
+    async fn handle(&self, operation: Operation, slot: &mut Slot) -> Outcome {
+        slot.reply = Reply::Payload(0);
+        match operation {
+            Operation::Read { offset, size } => self.read(slot, offset, size).await,
+            Operation::Write { offset, size } => self.write(slot, offset, size).await,
+            Operation::Getattr => self.attributes(slot),
+            Operation::Setattr(setattr) => self.setattr(slot, &setattr).await,
+            Operation::Open { flags } => self.open(slot, flags).await,
+            Operation::Release => {
+                self.file().released();
+                Ok(0)
+            }
+            // A descriptor that could not write has nothing to make durable.
+            Operation::Flush { fh } if fh == FH_READER => Ok(0),
+            Operation::Flush { .. } | Operation::Fsync => self.flush().await,
+            Operation::Fallocate {
+                offset,
+                length,
+                mode,
+            } => self.fallocate(slot, offset, length, mode).await,
+            Operation::Lseek { offset, whence } => self.lseek(slot, offset, whence).await,
+            Operation::Statfs => self.statfs(slot),
+            Operation::Destroy => Ok(0),
+            Operation::Unanswered => {
+                slot.reply = Reply::Nothing;
+                Ok(0)
+            }
+        }
+    }
+
+    async fn read(&self, slot: &mut Slot, offset: u64, size: usize) -> Outcome {
+        let rest = self.file().length().saturating_sub(offset);
+        let len = rest.min(size as u64) as usize;
+        if len == 0 {
+            return Ok(0);
+        }
+        let mut buf = slot.read_buf(len);
+        let result = self.driver().read(&self.io, &mut buf, offset).await;
+        result.map_err(|e| answerable(&e))?;
+        if !buf.is_filled() {
+            return Err(libc::EIO);
+        }
+        slot.reply = Reply::Payload(len);
+        Ok(len as u64)
+    }
+
+    async fn write(&self, slot: &mut Slot, offset: u64, size: usize) -> Outcome {
+        self.check_writable()?;
+        let (change, len) = self.begin_write(offset, size).await?;
+        let data = &slot.data()[..len];
+        let result = self.driver().write(&self.io, data, offset).await;
+        drop(change);
+        result.map_err(|e| answerable(&e))?;
+        self.file().touch(self.device.queue);
+        slot.answer_with(&WriteOut {
+            size: len as u32,
+            padding: 0,
+        });
+        Ok(len as u64)
+    }
+
+    /// Makes room for a write, as far as the file may grow. Returns how much
+    /// of it may be written, with the length held from shrinking meanwhile.
+    async fn begin_write(&self, offset: u64, size: usize) -> Result<(Change<'_>, usize), Errno> {
+        let file = self.file();
+        let end = offset + size as u64;
+        loop {
+            if file.policy.growable && end > file.length() {
+                self.grow(end).await?;
+            }
+            let change = self.begin_change().await;
+            let length = file.length();
+            if end <= length {
+                return Ok((change, size));
+            }
+            if !file.policy.growable {
+                return match length.saturating_sub(offset) {
+                    0 => Err(libc::ENOSPC),
+                    rest => Ok((change, rest as usize)),
+                };
+            }
+            // Somebody has shrunk the file in between: grow it again.
+        }
+    }
+
+    /// Makes the file at least `end` bytes long; never shrinks it.
+    async fn grow(&self, end: u64) -> Result<(), Errno> {
+        let _resizing = self.file().resizing.lock().await;
+        if end > self.file().length() {
+            self.set_length(end).await?;
+        }
+        Ok(())
+    }
+
+    /// Tells the driver its new length. The caller holds `resizing`.
+    async fn set_length(&self, length: u64) -> Result<(), Errno> {
+        let result = self.driver().truncate(&self.io, length).await;
+        result.map_err(|e| answerable(&e))?;
+        self.file().set_length(length);
+        self.file().touch(self.device.queue);
+        Ok(())
+    }
+
+    /// Sets the length exactly.
+    async fn truncate(&self, length: u64) -> Result<(), Errno> {
+        let _resizing = self.file().resizing.lock().await;
+        let present = self.file().length();
+        if length < present {
+            // A write that is still under way past the new end would leave
+            // its bytes there, to reappear when the file grows again.
+            let _alone = Alone::begin(self.file()).await;
+            self.set_length(length).await
+        } else if length > present {
+            self.set_length(length).await
+        } else {
+            Ok(())
+        }
+    }
+
+    async fn flush(&self) -> Outcome {
+        if self.file().policy.writable {
+            let result = self.driver().flush(&self.io).await;
+            // Whatever the reason is, what was to be durable is not.
+            result.map_err(|e| match answerable(&e) {
+                libc::EOPNOTSUPP => libc::EIO,
+                errno => errno,
+            })?;
+        }
+        Ok(0)
+    }
+
+    fn attributes(&self, slot: &mut Slot) -> Outcome {
+        let allocated = self.driver().allocated_size();
+        let allocated = allocated.map_err(|e| answerable(&e))?;
+        let attr = self
+            .file()
+            .attributes(allocated.unwrap_or_else(|| self.file().length()));
+        slot.answer_with(&AttrOut {
+            attr_valid: ATTR_VALID,
+            attr,
+            ..AttrOut::default()
+        });
+        Ok(0)
+    }
+
+    async fn setattr(&self, slot: &mut Slot, setattr: &SetattrIn) -> Outcome {
+        self.check_writable()?;
+        let valid = |bit| setattr.valid & bit != 0;
+        let changes = Changes {
+            mode: valid(set::MODE).then_some(setattr.mode),
+            uid: valid(set::UID).then_some(setattr.uid),
+            gid: valid(set::GID).then_some(setattr.gid),
+            atime: valid(set::ATIME).then(|| {
+                let (seconds, nanos) = (setattr.atime as i64, setattr.atimensec);
+                new_time(valid(set::ATIME_NOW), seconds, nanos)
+            }),
+            mtime: valid(set::MTIME).then(|| {
+                let (seconds, nanos) = (setattr.mtime as i64, setattr.mtimensec);
+                new_time(valid(set::MTIME_NOW), seconds, nanos)
+            }),
+        };
+        // Attributes first: they are refused before anything has happened.
+        let others = set::MODE | set::UID | set::GID | set::ATIME | set::MTIME | set::CTIME;
+        if valid(others) {
+            self.file().change(&changes)?;
+        }
+        if valid(set::SIZE) {
+            self.truncate(setattr.size).await?;
+        }
+        self.attributes(slot)
+    }
+
+    async fn open(&self, slot: &mut Slot, flags: i32) -> Outcome {
+        let writes = flags & libc::O_ACCMODE != libc::O_RDONLY;
+        let empties = flags & libc::O_TRUNC != 0;
+        if writes || empties {
+            self.check_writable()?;
+        }
+        if empties && self.file().policy.growable {
+            self.truncate(0).await?;
+        }
+        self.file().opened();
+        slot.answer_with(&OpenOut {
+            fh: if writes { FH_WRITER } else { FH_READER },
+            open_flags: open_flag::DIRECT_IO | open_flag::PARALLEL_DIRECT_WRITES,
+            backing_id: 0,
+        });
+        Ok(0)
+    }
+
+    async fn fallocate(&self, slot: &mut Slot, offset: u64, length: u64, mode: i32) -> Outcome {
+        const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
+        const ZERO_KEEP: i32 = ZERO | libc::FALLOC_FL_KEEP_SIZE;
+        self.check_writable()?;
+        let end = offset + length;
+        match mode {
+            // Inside the file, space that a hole lacks is allocated when it
+            // is written: to zero it now could race with that write.
+            0 => self.allocate(slot, offset, end).await?,
+            PUNCH => self.punch(slot, offset, end).await?,
+            ZERO | ZERO_KEEP => {
+                let inside = end.min(self.file().length());
+                self.zero(slot, offset, inside, false).await?;
+                if mode == ZERO {
+                    self.allocate(slot, offset, end).await?;
+                }
+            }
+            _ => return Err(libc::EOPNOTSUPP),
+        }
+        Ok(length)
+    }
+
+    /// Grows the file to `end`, if that is more, and takes the space from
+    /// `offset` or the old end on. If there is no space the length stays.
+    async fn allocate(&self, slot: &mut Slot, offset: u64, end: u64) -> Result<(), Errno> {
+        let _resizing = self.file().resizing.lock().await;
+        let old = self.file().length();
+        if end <= old {
+            return Ok(());
+        }
+        let result = self.driver().truncate(&self.io, end).await;
+        result.map_err(|e| answerable(&e))?;
+        if let Err(errno) = self.zero_now(slot, offset.max(old), end, false).await {
+            // Nobody has seen the new length yet, so nothing is cut off.
+            if let Err(e) = self.driver().truncate(&self.io, old).await {
+                log::error!("cannot take back the growth to {end} bytes: {e}");
+                self.file().set_length(end);
+            }
+            return Err(errno);
+        }
+        self.file().set_length(end);
+        self.file().touch(self.device.queue);
+        Ok(())
+    }
+
+    /// Punches a hole; what lies past the end of the file is ignored.
+    async fn punch(&self, slot: &mut Slot, offset: u64, end: u64) -> Result<(), Errno> {
+        let change = self.begin_change().await;
+        let end = end.min(self.file().length());
+        if offset >= end {
+            return Ok(());
+        }
+        let result = self.driver().discard(&self.io, offset, end - offset).await;
+        match result {
+            Ok(()) => self.file().touch(self.device.queue),
+            Err(e) if is_unsupported(&e) => {
+                drop(change);
+                self.zero(slot, offset, end, true).await?;
+            }
+            Err(e) => return Err(answerable(&e)),
+        }
+        Ok(())
+    }
+
+    /// Zeroes what of `offset..end` lies inside the file.
+    async fn zero(
+        &self,
+        slot: &mut Slot,
+        offset: u64,
+        end: u64,
+        may_unmap: bool,
+    ) -> Result<(), Errno> {
+        let _change = self.begin_change().await;
+        let end = end.min(self.file().length());
+        if offset >= end {
+            return Ok(());
+        }
+        self.zero_now(slot, offset, end, may_unmap).await?;
+        self.file().touch(self.device.queue);
+        Ok(())
+    }
+
+    /// Zeroes `offset..end`, by writing where the driver knows nothing better.
+    async fn zero_now(
+        &self,
+        slot: &mut Slot,
+        offset: u64,
+        end: u64,
+        may_unmap: bool,
+    ) -> Result<(), Errno> {
+        let driver = self.driver();
+        match driver
+            .write_zeroes(&self.io, offset, end - offset, may_unmap)
+            .await
+        {
+            Err(e) if is_unsupported(&e) => {}
+            other => return other.map_err(|e| answerable(&e)),
+        }
+        let zeroes = slot.zeroes();
+        let mut at = offset;
+        while at < end {
+            let len = (end - at).min(zeroes.len() as u64);
+            let data = &zeroes[..len as usize];
+            let result = driver.write(&self.io, data, at).await;
+            result.map_err(|e| answerable(&e))?;
+            at += len;
+            yield_now().await;
+        }
+        Ok(())
+    }
+
+    async fn lseek(&self, slot: &mut Slot, offset: u64, whence: i32) -> Outcome {
+        let wants_hole = match whence {
+            libc::SEEK_DATA => false,
+            libc::SEEK_HOLE => true,
+            _ => return Err(libc::EINVAL),
+        };
+        let length = self.file().length();
+        if offset >= length {
+            return Err(libc::ENXIO);
+        }
+        let mut at = offset;
+        let mut extents = 0;
+        while at < length {
+            let extent = self.extent(at, length - at).await?;
+            if extent.hole == wants_hole {
+                slot.answer_with(&LseekOut { offset: at });
+                return Ok(0);
+            }
+            at = at.saturating_add(extent.bytes);
+            extents += 1;
+            if extents % EXTENTS_AT_ONCE == 0 {
+                yield_now().await;
+            }
+        }
+        if !wants_hole {
+            return Err(libc::ENXIO);
+        }
+        // The end of the file counts as a hole.
+        slot.answer_with(&LseekOut { offset: length });
+        Ok(0)
+    }
+
+    async fn extent(&self, offset: u64, bytes: u64) -> Result<Extent, Errno> {
+        match self.driver().block_status(&self.io, offset, bytes).await {
+            Ok(Extent { bytes: 0, .. }) => Err(libc::EIO),
+            Ok(extent) => Ok(extent),
+            Err(e) if is_unsupported(&e) => Ok(Extent { bytes, hole: false }),
+            Err(e) => Err(answerable(&e)),
+        }
+    }
+
+    fn statfs(&self, slot: &mut Slot) -> Outcome {
+        const BLOCK: u64 = 4096;
+        let blocks = self.file().length().div_ceil(BLOCK);
+        // What a growable file can still take only the driver's store knows.
+        let free = if self.file().policy.growable {
+            MAX_LENGTH / BLOCK - blocks.min(MAX_LENGTH / BLOCK)
+        } else {
+            0
+        };
+        slot.answer_with(&StatfsOut {
+            blocks: blocks + free,
+            bfree: free,
+            bavail: free,
+            files: 1,
+            bsize: BLOCK as u32,
+            frsize: BLOCK as u32,
+            namelen: 255,
+            ..StatfsOut::default()
+        });
+        Ok(0)
+    }
+
+    fn check_writable(&self) -> Result<(), Errno> {
+        if self.file().policy.writable {
+            Ok(())
+        } else {
+            Err(libc::EROFS)
+        }
+    }
+
+    /// Waits until the content may be changed; until the guard is dropped the
+    /// file does not shrink.
+    async fn begin_change(&self) -> Change<'_> {
+        let (file, queue) = (self.file(), self.device.queue);
+        while !file.changes.try_enter(queue) {
+            // Who closed the gate holds this lock until it is open again.
+            drop(file.resizing.lock().await);
+        }
+        Change { file, queue }
+    }
+}
+
+/// `open_out.fh` of descriptors that can write, and of those that cannot.
+/// Nothing else need be remembered of an open file.
+const FH_WRITER: u64 = 1;
+const FH_READER: u64 = 0;
+
+fn new_time(now: bool, seconds: i64, nanos: u32) -> NewTime {
+    if now {
+        NewTime::Now
+    } else {
+        NewTime::At { seconds, nanos }
+    }
+}
+
+/// A change of the content that is under way.
+struct Change<'a> {
+    file: &'a File,
+    queue: usize,
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        self.file.changes.leave(self.queue);
+    }
+}
+
+/// No change of the content is under way, and none begins.
+struct Alone<'a>(&'a File);
+
+impl<'a> Alone<'a> {
+    /// The caller holds `file.resizing`, and keeps it for as long.
+    async fn begin(file: &'a File) -> Self {
+        file.changes.close();
+        let alone = Self(file);
+        poll_fn(|cx| file.changes.poll_empty(cx)).await;
+        alone
+    }
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        self.0.changes.open();
+    }
+}
+
+/// Lets the queue's other requests run.
+async fn yield_now() {
+    let mut yielded = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}

@@ -1,0 +1,163 @@
+//! The transport seam: how requests arrive and replies leave.
+//!
+//! A transport owns the slots that wait for a request. Nothing above it can
+//! tell by which transport a request came.
+
+use crate::error::Error;
+use crate::slot::Slot;
+
+/// What came of looking for a request.
+#[derive(Debug)]
+pub(crate) enum Fetched {
+    /// One has arrived.
+    Request(Box<Slot>),
+    /// There is none now, or no slot is free to take it.
+    Nothing,
+    /// The connection has ended: unmounted or aborted. There will be no more.
+    Gone,
+    /// The peer cannot be trusted or the transport is broken.
+    Broken(Error),
+}
+
+/// Carries requests in and replies out, for one queue and on its thread.
+pub(crate) trait Transport {
+    /// How many slots it has at most; their indices are below that.
+    fn slots(&self) -> usize;
+
+    /// Takes one request that has arrived. Does not block.
+    fn fetch(&mut self) -> Fetched;
+
+    /// Sends `slot.reply` and takes the slot back. An answer that the kernel
+    /// no longer wants is not an error.
+    fn commit(&mut self, slot: Box<Slot>) -> Result<(), Error>;
+
+    /// Whether requests are wanted: what [`wait`](Self::wait) wakes up for.
+    fn want_requests(&mut self, wanted: bool) -> Result<(), Error>;
+
+    /// Blocks until a request has arrived (if wanted) or the queue's wake-up
+    /// descriptor has been signalled; may return early.
+    fn wait(&mut self) -> Result<(), Error>;
+}
+
+#[cfg(test)]
+pub(crate) mod memory {
+    //! A transport without a kernel, for tests: messages in, replies out.
+
+    use std::collections::VecDeque;
+
+    use zerocopy::{FromBytes, IntoBytes};
+
+    use super::*;
+    use crate::protocol::{InHeader, OPERATION_SIZE, OutHeader, ROOT_ID};
+    use crate::slot::Reply;
+
+    /// A reply as the kernel would see it.
+    #[derive(Debug, PartialEq, Eq)]
+    pub(crate) struct Answer {
+        pub(crate) unique: u64,
+        /// 0 or a positive errno.
+        pub(crate) error: i32,
+        pub(crate) data: Vec<u8>,
+    }
+
+    impl Answer {
+        pub(crate) fn structure<T: FromBytes>(&self) -> T {
+            assert_eq!(self.error, 0, "the request failed");
+            T::read_from_bytes(&self.data).expect("a reply of the structure's size")
+        }
+    }
+
+    pub(crate) struct Memory {
+        incoming: VecDeque<(InHeader, Vec<u8>, Vec<u8>)>,
+        pub(crate) answers: Vec<Answer>,
+        pub(crate) gone: bool,
+        free: Vec<Box<Slot>>,
+        slots: usize,
+        next_unique: u64,
+    }
+
+    impl Memory {
+        pub(crate) fn new(slots: usize, capacity: usize) -> Self {
+            Self {
+                incoming: VecDeque::new(),
+                answers: Vec::new(),
+                gone: false,
+                free: (0..slots)
+                    .map(|i| Box::new(Slot::new(i, capacity).unwrap()))
+                    .collect(),
+                slots,
+                next_unique: 2,
+            }
+        }
+
+        /// Queues a request as the kernel would; returns its unique number.
+        pub(crate) fn request(&mut self, opcode: u32, operation: &[u8], payload: &[u8]) -> u64 {
+            let unique = self.next_unique;
+            self.next_unique += 2;
+            let len = size_of::<InHeader>() + operation.len() + payload.len();
+            let header = InHeader {
+                len: len as u32,
+                opcode,
+                unique,
+                nodeid: ROOT_ID,
+                ..InHeader::default()
+            };
+            self.incoming
+                .push_back((header, operation.to_vec(), payload.to_vec()));
+            unique
+        }
+    }
+
+    impl Transport for Memory {
+        fn slots(&self) -> usize {
+            self.slots
+        }
+
+        fn fetch(&mut self) -> Fetched {
+            if self.gone {
+                return Fetched::Gone;
+            }
+            if self.incoming.is_empty() {
+                return Fetched::Nothing;
+            }
+            let Some(mut slot) = self.free.pop() else {
+                return Fetched::Nothing;
+            };
+            let (header, operation, payload) = self.incoming.pop_front().unwrap();
+            let (head, room) = slot.receive();
+            head.in_out[..size_of::<InHeader>()].copy_from_slice(header.as_bytes());
+            assert!(operation.len() <= OPERATION_SIZE);
+            head.operation[..operation.len()].copy_from_slice(&operation);
+            room[..payload.len()].copy_from_slice(&payload);
+            slot.arrived(payload.len(), payload.len());
+            Fetched::Request(slot)
+        }
+
+        fn commit(&mut self, slot: Box<Slot>) -> Result<(), Error> {
+            let unique = slot.header().unique;
+            let (error, data) = match slot.reply {
+                Reply::Nothing => (0, None),
+                Reply::Error(errno) => (errno, Some(Vec::new())),
+                Reply::Payload(len) => (0, Some(slot.outgoing(len).to_vec())),
+            };
+            if let Some(data) = data {
+                assert!(size_of::<OutHeader>() + data.len() <= u32::MAX as usize);
+                self.answers.push(Answer {
+                    unique,
+                    error,
+                    data,
+                });
+            }
+            self.free.push(slot);
+            Ok(())
+        }
+
+        fn want_requests(&mut self, _wanted: bool) -> Result<(), Error> {
+            Ok(())
+        }
+
+        fn wait(&mut self) -> Result<(), Error> {
+            Ok(())
+        }
+    }
+}

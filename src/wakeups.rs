@@ -1,0 +1,155 @@
+//! How a queue is woken: by a future whose slot can go on, and by the
+//! export's owner.
+//!
+//! Waking costs a system call only if the queue sleeps. Before it sleeps the
+//! queue says so and looks again; who wakes it leaves the reason and then
+//! looks whether it sleeps. All `SeqCst`, so one of them sees the other.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::task::{Wake, Waker};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+/// One queue's reasons to run.
+#[derive(Debug)]
+pub(crate) struct Wakeups {
+    /// A bit for each slot whose task can go on.
+    slots: Box<[AtomicU64]>,
+    /// Something else is to be looked at.
+    kicked: AtomicBool,
+    sleeping: AtomicBool,
+    event: EventFd,
+}
+
+impl Wakeups {
+    pub(crate) fn new(slots: usize) -> nix::Result<Self> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        Ok(Self {
+            slots: (0..slots.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            kicked: AtomicBool::new(false),
+            sleeping: AtomicBool::new(false),
+            event: EventFd::from_value_and_flags(0, flags)?,
+        })
+    }
+
+    /// The waker of one slot's task.
+    pub(crate) fn waker(self: &Arc<Self>, slot: usize) -> Waker {
+        Waker::from(Arc::new(SlotWaker {
+            queue: self.clone(),
+            slot,
+        }))
+    }
+
+    /// Wakes the queue for something that is not a slot's.
+    pub(crate) fn kick(&self) {
+        self.kicked.store(true, SeqCst);
+        self.signal();
+    }
+
+    fn wake(&self, slot: usize) {
+        self.slots[slot / 64].fetch_or(1 << (slot % 64), SeqCst);
+        self.signal();
+    }
+
+    fn signal(&self) {
+        if self.sleeping.swap(false, SeqCst) {
+            // Fails only if the counter is full: then it is signalled already.
+            let _ = self.event.write(1);
+        }
+    }
+
+    /// Announces that the queue will sleep; false if it has a reason not to.
+    pub(crate) fn fall_asleep(&self) -> bool {
+        self.sleeping.store(true, SeqCst);
+        if self.is_needed() {
+            self.awake();
+            return false;
+        }
+        true
+    }
+
+    /// The queue runs again.
+    pub(crate) fn awake(&self) {
+        self.sleeping.store(false, SeqCst);
+    }
+
+    /// Whether there is a reason to run.
+    pub(crate) fn is_needed(&self) -> bool {
+        self.kicked.load(SeqCst) || self.slots.iter().any(|w| w.load(SeqCst) != 0)
+    }
+
+    /// Takes the slots whose tasks can go on, and the kick.
+    pub(crate) fn take(&self, mut run: impl FnMut(usize)) {
+        if self.kicked.load(SeqCst) {
+            self.kicked.store(false, SeqCst);
+        }
+        for (i, word) in self.slots.iter().enumerate() {
+            if word.load(SeqCst) == 0 {
+                continue;
+            }
+            let mut bits = word.swap(0, SeqCst);
+            while bits != 0 {
+                run(i * 64 + bits.trailing_zeros() as usize);
+                bits &= bits - 1;
+            }
+        }
+    }
+
+    /// What becomes readable when the sleeping queue is woken.
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    /// Makes the descriptor unreadable again.
+    pub(crate) fn clear(&self) {
+        // Fails only if it is not readable.
+        let _ = self.event.read();
+    }
+}
+
+struct SlotWaker {
+    queue: Arc<Wakeups>,
+    slot: usize,
+}
+
+impl Wake for SlotWaker {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.queue.wake(self.slot);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wake_before_sleeping_forbids_sleep_and_is_taken_once() {
+        let queue = Arc::new(Wakeups::new(70).unwrap());
+        queue.waker(69).wake();
+        queue.waker(3).wake_by_ref();
+        queue.waker(3).wake();
+        assert!(!queue.fall_asleep());
+        let mut taken = Vec::new();
+        queue.take(|slot| taken.push(slot));
+        assert_eq!(taken, [3, 69]);
+        assert!(queue.fall_asleep());
+    }
+
+    #[test]
+    fn a_sleeping_queue_is_signalled() {
+        let queue = Arc::new(Wakeups::new(1).unwrap());
+        assert!(queue.event.read().is_err());
+        queue.kick();
+        assert!(queue.event.read().is_err(), "it did not sleep");
+        queue.take(|_| {});
+        assert!(queue.fall_asleep());
+        queue.waker(0).wake();
+        assert_eq!(queue.event.read(), Ok(1));
+    }
+}
