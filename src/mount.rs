@@ -157,33 +157,16 @@ fn connect(options: &MountOptions<'_>, mountpoint: &Mountpoint) -> Result<Connec
 }
 
 fn connect_directly(options: &MountOptions<'_>, mountpoint: &Mountpoint) -> Result<Connection> {
-    match connect_by_fsmount(options) {
-        // Without the device the older call would fare no better.
-        Err(Refusal::Device(error)) => Err(error),
-        Err(Refusal::Call(error)) => {
-            log::debug!("{error}; trying mount(2)");
-            connect_by_mount(options, mountpoint)
-        }
-        Ok(connection) => Ok(connection),
-    }
+    let device = kernel::open_device()?;
+    connect_by_fsmount(options, device).or_else(|error| {
+        log::debug!("{error}; trying mount(2)");
+        // A new connection, in case the failed attempt has marked that one.
+        connect_by_mount(options, kernel::open_device()?, mountpoint)
+    })
 }
 
-/// Why the new mount calls gave no connection.
-enum Refusal {
-    Device(Error),
-    Call(Error),
-}
-
-impl From<Refusal> for Error {
-    fn from(refusal: Refusal) -> Self {
-        let (Refusal::Device(error) | Refusal::Call(error)) = refusal;
-        error
-    }
-}
-
-fn connect_by_fsmount(options: &MountOptions<'_>) -> std::result::Result<Connection, Refusal> {
-    let device = kernel::open_device().map_err(Refusal::Device)?;
-    let tree = kernel::create_detached(options, device.as_fd()).map_err(Refusal::Call)?;
+fn connect_by_fsmount(options: &MountOptions<'_>, device: OwnedFd) -> Result<Connection> {
+    let tree = kernel::create_detached(options, device.as_fd())?;
     Ok(Connection {
         device,
         detached: Some(tree),
@@ -191,8 +174,11 @@ fn connect_by_fsmount(options: &MountOptions<'_>) -> std::result::Result<Connect
     })
 }
 
-fn connect_by_mount(options: &MountOptions<'_>, mountpoint: &Mountpoint) -> Result<Connection> {
-    let device = kernel::open_device()?;
+fn connect_by_mount(
+    options: &MountOptions<'_>,
+    device: OwnedFd,
+    mountpoint: &Mountpoint,
+) -> Result<Connection> {
     kernel::mount(options, device.as_fd(), mountpoint)?;
     Ok(Connection {
         device,

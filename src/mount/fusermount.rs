@@ -5,7 +5,7 @@ use std::io::{self, IoSliceMut, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 use nix::cmsg_space;
 use nix::errno::Errno;
@@ -61,11 +61,10 @@ fn mount_for(options: &MountOptions<'_>, allow_other: bool, path: &Path) -> Resu
     // With our copy open the helper's death would go unnoticed.
     drop(theirs);
     let device = receive_descriptor(&ours);
-    let complaint = wait(child);
+    let end = wait(child);
     match device {
         Ok(Some(device)) => Ok(device),
-        Ok(None) if complaint.is_empty() => Err(failed("fusermount3 gives no reason".into())),
-        Ok(None) => Err(failed(complaint)),
+        Ok(None) => Err(failed(end.complaint())),
         Err(errno) => Err(super::failed(path, "no answer from fusermount3", errno)),
     }
 }
@@ -82,12 +81,34 @@ pub(super) fn unmount(path: &Path) -> Result<()> {
         Ok(())
     })
     .map_err(|error| failed(not_run(&error)))?;
-    // Not the exit status: a host may reap our child before we do.
-    let complaint = wait(child);
-    if complaint.is_empty() {
+    let end = wait(child);
+    if end.is_success() {
         return Ok(());
     }
-    Err(failed(complaint))
+    Err(failed(end.complaint()))
+}
+
+/// How the helper ended.
+struct End {
+    // Unknown if the host reaps our child before we do, or ignores SIGCHLD.
+    status: Option<ExitStatus>,
+    stderr: String,
+}
+
+impl End {
+    fn is_success(&self) -> bool {
+        match self.status {
+            Some(status) => status.success(),
+            None => self.stderr.is_empty(),
+        }
+    }
+
+    fn complaint(self) -> String {
+        if self.stderr.is_empty() {
+            return "fusermount3 gives no reason".to_owned();
+        }
+        self.stderr
+    }
 }
 
 fn not_run(error: &io::Error) -> String {
@@ -114,18 +135,19 @@ fn spawn(configure: impl Fn(&mut Command) -> io::Result<()>) -> io::Result<Child
     result
 }
 
-/// Waits for the helper to end, and returns its complaints on one line.
-fn wait(mut child: Child) -> String {
+/// Waits for the helper to end, and puts its complaints on one line.
+fn wait(mut child: Child) -> End {
     let mut bytes = Vec::new();
     if let Some(mut stderr) = child.stderr.take() {
         // What cannot be read is not worth a second error.
         let _ = stderr.read_to_end(&mut bytes);
     }
-    // The host may ignore SIGCHLD, and then there is nothing to wait for.
-    let _ = child.wait();
     let text = String::from_utf8_lossy(&bytes);
     let lines: Vec<&str> = text.lines().map(str::trim).collect();
-    lines.join("; ")
+    End {
+        status: child.wait().ok(),
+        stderr: lines.join("; "),
+    }
 }
 
 /// Receives the connection; `None` if the helper ends without sending one.
@@ -148,16 +170,19 @@ fn receive_once(socket: &OwnedFd) -> nix::Result<Option<OwnedFd>> {
         Some(&mut control),
         MsgFlags::MSG_CMSG_CLOEXEC,
     )?;
+    let mut received = Vec::new();
     for part in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(descriptors) = part
-            && let Some(&fd) = descriptors.first()
-        {
-            // SAFETY: the kernel has just installed it for us, and as there is
-            // room for no more than one, none is left behind.
-            return Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }));
+        if let ControlMessageOwned::ScmRights(descriptors) = part {
+            // SAFETY: the kernel has just installed them for us, and nobody else
+            // has them. All are taken over, lest one more than expected leaks.
+            received.extend(
+                descriptors
+                    .into_iter()
+                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+            );
         }
     }
-    Ok(None)
+    Ok(received.into_iter().next())
 }
 
 fn option_string(options: &MountOptions<'_>, allow_other: bool) -> OsString {

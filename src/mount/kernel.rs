@@ -217,8 +217,7 @@ fn move_mount(tree: BorrowedFd<'_>, target: BorrowedFd<'_>) -> nix::Result<()> {
     let empty = c"".as_ptr();
     let (tree, target) = (tree.as_raw_fd(), target.as_raw_fd());
     // SAFETY: the kernel only reads the two terminated strings, which are static.
-    let result =
-        unsafe { libc::syscall(libc::SYS_move_mount, tree, empty, target, empty, flags) };
+    let result = unsafe { libc::syscall(libc::SYS_move_mount, tree, empty, target, empty, flags) };
     Errno::result(result).map(drop)
 }
 

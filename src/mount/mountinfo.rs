@@ -175,6 +175,16 @@ impl MountTable {
             .find(|entry| entry.mount_point == path && self.hiding(entry).is_none())
     }
 
+    /// Some visible mount below a directory.
+    #[cfg(test)]
+    pub(super) fn first_below(&self, directory: &Path) -> Option<&MountEntry> {
+        let below = |entry: &&MountEntry| entry.mount_point.starts_with(directory);
+        self.0
+            .iter()
+            .filter(below)
+            .find(|entry| self.hiding(entry).is_none())
+    }
+
     /// The mount that keeps a look-up of `entry`'s path from ending in `entry`:
     /// one on top of it, or one on top of a directory above.
     pub(super) fn hiding(&self, entry: &MountEntry) -> Option<&MountEntry> {
@@ -268,7 +278,10 @@ mod tests {
             ("ext4", false),
         ] {
             let line = format!("36 35 0:98 / /mnt rw - {fs_type} s rw");
-            assert_eq!(MountEntry::parse(line.as_bytes()).unwrap().is_fuse(), is_fuse);
+            assert_eq!(
+                MountEntry::parse(line.as_bytes()).unwrap().is_fuse(),
+                is_fuse
+            );
         }
     }
 
@@ -317,7 +330,10 @@ mod tests {
 
     #[test]
     fn a_mount_is_found_only_with_its_device() {
-        let table = table(&["3 2 0:3 / /f rw - fuse ours rw", "4 2 8:1 / /g rw - ext4 x rw"]);
+        let table = table(&[
+            "3 2 0:3 / /f rw - fuse ours rw",
+            "4 2 8:1 / /g rw - ext4 x rw",
+        ]);
         let id = |id, device: Option<&str>| MountId {
             id,
             unique: None,

@@ -98,20 +98,16 @@ impl Mountpoint {
     }
 }
 
-/// Where an open file is now.
-pub(super) fn current_path(file: BorrowedFd<'_>) -> Option<PathBuf> {
-    fs::read_link(descriptor_path(file)).ok()
-}
-
 /// A path that means an open file, even if it has been renamed.
 pub(super) fn descriptor_path(file: BorrowedFd<'_>) -> PathBuf {
     format!("/proc/thread-self/fd/{}", file.as_raw_fd()).into()
 }
 
 fn canonical_path(file: BorrowedFd<'_>, path: &Path) -> PathBuf {
-    current_path(file)
-        .or_else(|| std::path::absolute(path).ok())
-        .unwrap_or_else(|| path.to_owned())
+    // Without /proc this sees through no symbolic link, which is all we can do.
+    fs::read_link(descriptor_path(file))
+        .or_else(|_| std::path::absolute(path))
+        .unwrap_or_else(|_| path.to_owned())
 }
 
 fn already_exported(path: &Path) -> Error {
