@@ -1,0 +1,736 @@
+//! Against the real kernel. Nothing here answers requests, so no test may touch
+//! a file once it is mounted: the table of mounts tells what is to be known.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::thread;
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::mount::MsFlags;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::Mode;
+use nix::unistd::{geteuid, mkfifo};
+use tempfile::TempDir;
+
+use super::*;
+
+type Connect = fn(&MountOptions<'_>, &Mountpoint) -> Result<Connection>;
+
+const METHODS: [(&str, Connect); 3] = [
+    ("fsmount", by_fsmount),
+    ("mount", by_mount),
+    ("fusermount3", connect_by_fusermount),
+];
+
+fn by_fsmount(options: &MountOptions<'_>, _: &Mountpoint) -> Result<Connection> {
+    connect_by_fsmount(options, kernel::open_device()?)
+}
+
+fn by_mount(options: &MountOptions<'_>, mountpoint: &Mountpoint) -> Result<Connection> {
+    connect_by_mount(options, kernel::open_device()?, mountpoint)
+}
+
+/// Whether this process may mount; says why not, or panics if it must.
+fn can_mount() -> bool {
+    let reason = if !geteuid().is_root() {
+        "not root"
+    } else if kernel::open_device().is_err() {
+        "no /dev/fuse"
+    } else if fusermount_is_missing() {
+        "no fusermount3"
+    } else {
+        return true;
+    };
+    assert!(
+        std::env::var_os("BLKFUSE_NO_SKIP").is_none(),
+        "cannot run: {reason}"
+    );
+    eprintln!("skipped: {reason}");
+    false
+}
+
+fn fusermount_is_missing() -> bool {
+    let mut command = std::process::Command::new("fusermount3");
+    command.arg("--version").output().is_err()
+}
+
+/// A directory from which every mount is removed in the end.
+struct Dir(TempDir);
+
+impl Dir {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.path().canonicalize().unwrap()
+    }
+
+    fn file(&self, name: impl AsRef<Path>) -> PathBuf {
+        let path = self.path().join(name);
+        File::create(&path).unwrap();
+        path
+    }
+
+    fn mounts(&self) -> Vec<PathBuf> {
+        let table = fs::read("/proc/thread-self/mountinfo").unwrap();
+        let text = String::from_utf8_lossy(&table);
+        let lines = text.lines().map(|line| line.split(' ').nth(4).unwrap());
+        let here = |path: &PathBuf| path.starts_with(self.path());
+        lines.map(PathBuf::from).filter(here).collect()
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let flags = MntFlags::MNT_FORCE | MntFlags::MNT_DETACH;
+        for _ in 0..64 {
+            let Ok(table) = MountTable::read() else {
+                return;
+            };
+            let Some(entry) = table.first_below(self.0.path()) else {
+                return;
+            };
+            let _ = umount2(&entry.mount_point, flags | MntFlags::UMOUNT_NOFOLLOW);
+        }
+    }
+}
+
+fn options(mountpoint: &Path) -> MountOptions<'_> {
+    MountOptions {
+        mountpoint,
+        source: OsStr::new("/images/a,b\\c d"),
+        writable: true,
+        allow_other: AllowOther::Auto,
+        max_read: 1 << 20,
+    }
+}
+
+fn start(path: &Path, connect: Connect) -> (OwnedFd, Mount) {
+    prepare_by(&options(path), connect)
+        .unwrap()
+        .attach()
+        .unwrap()
+}
+
+fn entry_at(path: &Path) -> Option<MountEntry> {
+    MountTable::read().unwrap().topmost(path).cloned()
+}
+
+/// The line of the raw table that shows the mount at `path`.
+fn line_at(path: &Path) -> String {
+    let id = entry_at(path).unwrap().id;
+    let table = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+    let prefix = format!("{id} ");
+    table
+        .lines()
+        .find(|line| line.starts_with(&prefix))
+        .unwrap()
+        .to_owned()
+}
+
+fn refusal(path: &Path) -> Error {
+    prepare(&options(path)).unwrap_err()
+}
+
+fn events(device: BorrowedFd<'_>) -> PollFlags {
+    let mut fds = [PollFd::new(device, PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).unwrap();
+    fds[0].revents().unwrap()
+}
+
+fn connection_number(device: BorrowedFd<'_>) -> String {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", device.as_raw_fd())).unwrap();
+    let line = info
+        .lines()
+        .find(|line| line.starts_with("fuse_connection"))
+        .unwrap();
+    line.to_owned()
+}
+
+/// Whether a descriptor of this process still refers to a connection.
+fn connection_is_open(number: &str) -> bool {
+    let infos = fs::read_dir("/proc/self/fdinfo").unwrap();
+    infos
+        .filter_map(|info| fs::read_to_string(info.ok()?.path()).ok())
+        .any(|info| info.lines().any(|line| line == number))
+}
+
+/// Leaves `count` mounts of dead servers on top of each other.
+fn leave_dead_mounts(path: &Path, count: usize) {
+    let devices: Vec<OwnedFd> = (0..count).map(|_| foreign_mount(path)).collect();
+    drop(devices);
+}
+
+/// What another process would mount; it lives as long as the descriptor.
+fn foreign_mount(path: &Path) -> OwnedFd {
+    let device = kernel::open_device().unwrap();
+    let data = format!(
+        "fd={},rootmode=100000,user_id=0,group_id=0",
+        device.as_raw_fd()
+    );
+    let (source, kind) = (Some("stranger"), Some("fuse.stranger"));
+    nix::mount::mount(source, path, kind, MsFlags::empty(), Some(data.as_str())).unwrap();
+    device
+}
+
+#[test]
+fn what_is_no_regular_file_is_refused() {
+    let dir = Dir::new();
+    let at = dir.path();
+    let (fifo, socket) = (at.join("fifo"), at.join("socket"));
+    mkfifo(&fifo, Mode::from_bits_truncate(0o600)).unwrap();
+    let _listener = UnixListener::bind(&socket).unwrap();
+    symlink("nowhere", at.join("dangling")).unwrap();
+    symlink("round", at.join("round")).unwrap();
+    let cases: [(PathBuf, i32, &str); 8] = [
+        (at.join("absent"), libc::ENOENT, "No such file"),
+        (at.join("dangling"), libc::ENOENT, "No such file"),
+        (at.join("round"), libc::ELOOP, "symbolic link"),
+        (
+            at.clone(),
+            libc::EISDIR,
+            "is not a regular file but a directory",
+        ),
+        (fifo, libc::EINVAL, "is not a regular file but a FIFO"),
+        (socket, libc::EINVAL, "is not a regular file but a socket"),
+        ("/dev/null".into(), libc::EINVAL, "a character device"),
+        (
+            dir.file("plain").join("below"),
+            libc::ENOTDIR,
+            "Not a directory",
+        ),
+    ];
+    for (path, errno, words) in cases {
+        let error = refusal(&path);
+        assert_eq!(error.errno(), errno, "{error}");
+        assert!(error.message().contains(words), "{error}");
+        assert!(error.message().contains(&quoted(&path)), "{error}");
+        // A refused path is not claimed.
+        assert_eq!(refusal(&path).errno(), errno);
+    }
+    assert_eq!(refusal(Path::new("")).errno(), libc::ENOENT);
+    assert_eq!(
+        refusal(Path::new(OsStr::from_bytes(b"a\0b"))).errno(),
+        libc::EINVAL
+    );
+}
+
+#[test]
+fn a_block_device_is_refused() {
+    let devices = fs::read_dir("/dev")
+        .unwrap()
+        .filter_map(|entry| Some(entry.ok()?.path()));
+    let is_block = |path: &PathBuf| {
+        use std::os::unix::fs::FileTypeExt;
+        fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_block_device())
+    };
+    let Some(path) = devices.into_iter().find(is_block) else {
+        eprintln!("skipped: no block device");
+        return;
+    };
+    let error = refusal(&path);
+    assert_eq!(error.errno(), libc::EINVAL);
+    assert!(error.message().contains("a block device"), "{error}");
+}
+
+#[test]
+fn messages_keep_to_one_line() {
+    let error = refusal(Path::new(OsStr::from_bytes(b"/no\nsuch\xff\x1b[0m")));
+    let text =
+        "'/no\\nsuch\u{fffd}\\u{1b}[0m': cannot open the mountpoint: No such file or directory";
+    assert_eq!(error.message(), text);
+}
+
+#[test]
+fn every_method_mounts_and_unmounts() {
+    if !can_mount() {
+        return;
+    }
+    for (name, connect) in METHODS {
+        let dir = Dir::new();
+        let path = dir.file("file");
+        let mounting = prepare_by(&options(&path), connect).unwrap();
+        assert_eq!(entry_at(&path).is_some(), name != "fsmount");
+        let flags = fcntl(mounting.device(), FcntlArg::F_GETFD).unwrap();
+        assert!(
+            FdFlag::from_bits_truncate(flags).contains(FdFlag::FD_CLOEXEC),
+            "{name}"
+        );
+        assert_eq!(events(mounting.device()), PollFlags::POLLIN, "INIT waits");
+
+        let (device, mount) = mounting.attach().unwrap();
+        assert_eq!((mount.method(), mount.path()), (name, path.as_path()));
+        let entry = entry_at(&path).unwrap();
+        assert_eq!(entry.fs_type, "fuse.blkfuse");
+        assert_eq!(entry.source, "/images/a,b\\c d", "{name}");
+        let line = line_at(&path);
+        assert!(line.contains(" rw,nosuid,nodev,noatime "), "{line}");
+        for word in [
+            "user_id=0",
+            "group_id=0",
+            "default_permissions",
+            "allow_other",
+            "max_read=1048576",
+        ] {
+            assert!(line.contains(word), "{line} lacks {word}");
+        }
+
+        mount.unmount(Unmount::Lazy).unwrap();
+        assert_eq!(entry_at(&path), None, "{name}");
+        mount.unmount(Unmount::Lazy).unwrap();
+        mount.unmount(Unmount::Force).unwrap();
+        drop((device, mount));
+        assert!(fs::metadata(&path).unwrap().is_file());
+    }
+}
+
+#[test]
+fn the_first_choice_is_fsmount() {
+    if !can_mount() {
+        return;
+    }
+    let dir = Dir::new();
+    let path = dir.file("file");
+    let (_device, mount) = prepare(&options(&path)).unwrap().attach().unwrap();
+    assert_eq!(mount.method(), "fsmount");
+    mount.unmount(Unmount::Force).unwrap();
+}
+
+#[test]
+fn a_read_only_private_mount_says_so() {
+    if !can_mount() {
+        return;
+    }
+    for (name, connect) in METHODS {
+        let dir = Dir::new();
+        let path = dir.file("file");
+        let options = MountOptions {
+            writable: false,
+            allow_other: AllowOther::Off,
+            ..options(&path)
+        };
+        let (_device, mount) = prepare_by(&options, connect).unwrap().attach().unwrap();
+        let line = line_at(&path);
+        assert!(line.contains(" ro,nosuid,nodev,noatime "), "{name}: {line}");
+        assert!(line.contains(" ro,user_id=0"), "{name}: {line}");
+        assert!(!line.contains("allow_other"), "{name}: {line}");
+        mount.unmount(Unmount::Force).unwrap();
+    }
+}
+
+#[test]
+fn force_aborts_the_connection() {
+    if !can_mount() {
+        return;
+    }
+    let dir = Dir::new();
+    let path = dir.file("file");
+    let (device, mount) = start(&path, by_fsmount);
+    mount.unmount(Unmount::Force).unwrap();
+    assert!(events(device.as_fd()).contains(PollFlags::POLLERR));
+}
+
+#[test]
+fn any_name_will_do() {
+    if !can_mount() {
+        return;
+    }
+    let names: [&[u8]; 6] = [
+        b"with blank",
+        b"new\nline\ttab",
+        b"not\xffutf8\xfe",
+        b"back\\slash,comma",
+        b"-u",
+        b"gone (deleted)",
+    ];
+    for (method, connect) in METHODS {
+        for name in names {
+            let dir = Dir::new();
+            let path = dir.file(OsStr::from_bytes(name));
+            let (_device, mount) = start(&path, connect);
+            assert_eq!(mount.path(), path, "{method}");
+            assert!(entry_at(&path).is_some(), "{method}: {path:?}");
+            mount.unmount(Unmount::Lazy).unwrap();
+            assert!(entry_at(&path).is_none(), "{method}: {path:?}");
+        }
+    }
+}
+
+#[test]
+fn symbolic_links_and_relative_paths_lead_to_the_file() {
+    if !can_mount() {
+        return;
+    }
+    let up = "../".repeat(std::env::current_dir().unwrap().components().count());
+    for (_, connect) in METHODS {
+        let dir = Dir::new();
+        let path = dir.file("file");
+        let link = dir.path().join("link");
+        symlink("file", &link).unwrap();
+        let relative = Path::new(&up).join(link.strip_prefix("/").unwrap());
+        for alias in [&link, &relative] {
+            let (_device, mount) = start(alias, connect);
+            assert_eq!(mount.path(), path);
+            assert!(entry_at(&path).is_some());
+            // Under no name can it be exported twice.
+            for name in [&link, &relative, &path] {
+                assert_eq!(refusal(name).errno(), libc::EEXIST);
+            }
+            mount.unmount(Unmount::Force).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_second_export_on_a_path_is_refused() {
+    if !can_mount() {
+        return;
+    }
+    let dir = Dir::new();
+    let path = dir.file("file");
+    let mounting = prepare(&options(&path)).unwrap();
+    let expected = format!("there already is an export on '{}'", path.display());
+    assert!(refusal(&path).message().starts_with(&expected));
+    let (device, mount) = mounting.attach().unwrap();
+    assert_eq!(refusal(&path).errno(), libc::EEXIST);
+    mount.unmount(Unmount::Lazy).unwrap();
+    assert_eq!(refusal(&path).errno(), libc::EEXIST);
+    drop((device, mount));
+    drop(prepare(&options(&path)).unwrap());
+}
+
+#[test]
+fn of_concurrent_starts_one_wins() {
+    if !can_mount() {
+        return;
+    }
+    let dir = Dir::new();
+    let path = dir.file("file");
+    let winners: Vec<Mounting> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..8)
+            .map(|_| scope.spawn(|| prepare(&options(&path))))
+            .collect();
+        let results = threads.into_iter().map(|thread| thread.join().unwrap());
+        results.filter_map(Result::ok).collect()
+    });
+    assert_eq!(winners.len(), 1);
+}
+
+#[test]
+fn dropping_rolls_everything_back() {
+    if !can_mount() {
+        return;
+    }
+    for (name, connect) in METHODS {
+        let dir = Dir::new();
+        let path = dir.file("file");
+        let mounting = prepare_by(&options(&path), connect).unwrap();
+        let number = connection_number(mounting.device());
+        assert!(connection_is_open(&number));
+        drop(mounting);
+        assert_eq!(dir.mounts(), [] as [PathBuf; 0], "{name}");
+        assert!(!connection_is_open(&number), "{name}");
+        assert!(fs::metadata(&path).unwrap().is_file());
+        drop(prepare(&options(&path)).unwrap());
+    }
+}
+
+#[test]
+fn a_failed_attach_leaves_nothing() {
+    if !can_mount() {
+        return;
+    }
+    let dir = Dir::new();
+    let path = dir.file("file");
+    let mounting = prepare(&options(&path)).unwrap();
+    let number = connection_number(mounting.device());
+    fs::remove_file(&path).unwrap();
+    let error = mounting.attach().unwrap_err();
+    assert_eq!(error.errno(), libc::ENOENT, "{error}");
+    assert!(!connection_is_open(&number));
+    dir.file("file");
+    drop(prepare(&options(&path)).unwrap());
+}
+
+#[test]
+fn the_kernels_own_words_reach_the_message() {
+    if !can_mount() {
+        return;
+    }
+    let dir = Dir::new();
+    let path = dir.file("file");
+    let null = File::open("/dev/null").unwrap();
+    let error = kernel::create_detached(&options(&path), null.as_fd()).unwrap_err();
+    assert_eq!(error.errno(), libc::EINVAL, "{error}");
+    let long = OsString::from_vec(vec![b'x'; 4000]);
+    let with_long_source = MountOptions {
+        source: &long,
+        ..options(&path)
+    };
+    drop(prepare_by(&with_long_source, by_fsmount).unwrap());
+    let on_but_refused = MountOptions {
+        source: OsStr::from_bytes(b"a\0b"),
+        ..options(&path)
+    };
+    assert_eq!(prepare(&on_but_refused).unwrap_err().errno(), libc::EINVAL);
+    assert_eq!(dir.mounts(), [] as [PathBuf; 0]);
+}
+
+#[test]
+fn dead_mounts_are_removed() {
+    if !can_mount() {
+        return;
+    }
+    for count in [1, 3] {
+        let dir = Dir::new();
+        let path = dir.file("file");
+        leave_dead_mounts(&path, count);
+        assert_eq!(dir.mounts().len(), count);
+        let (_device, mount) = start(&path, by_fsmount);
+        assert_eq!(dir.mounts().len(), 1);
+        assert_eq!(entry_at(&path).unwrap().fs_type, "fuse.blkfuse");
+        mount.unmount(Unmount::Force).unwrap();
+        assert_eq!(dir.mounts(), [] as [PathBuf; 0]);
+    }
+}
+
+#[test]
+fn a_dead_mount_that_is_not_a_file_is_left_alone() {
+    if !can_mount() {
+        return;
+    }
+    let dir = Dir::new();
+    let path = dir.path().join("directory");
+    fs::create_dir(&path).unwrap();
+    let device = kernel::open_device().unwrap();
+    let data = format!(
+        "fd={},rootmode=40000,user_id=0,group_id=0",
+        device.as_raw_fd()
+    );
+    let kind = Some("fuse.stranger");
+    nix::mount::mount(
+        Some("s"),
+        &path,
+        kind,
+        MsFlags::empty(),
+        Some(data.as_str()),
+    )
+    .unwrap();
+    drop(device);
+    assert_eq!(refusal(&path).errno(), libc::EISDIR);
+    assert_eq!(dir.mounts(), [path.clone()]);
+    // What is below it cannot be reached, and says so.
+    assert_eq!(refusal(&path.join("file")).errno(), libc::ENOTCONN);
+    assert_eq!(dir.mounts(), [path]);
+}
+
+#[test]
+fn a_mount_removed_by_somebody_else_is_no_error() {
+    if !can_mount() {
+        return;
+    }
+    for (_, connect) in METHODS {
+        let dir = Dir::new();
+        let path = dir.file("file");
+        let (_device, mount) = start(&path, connect);
+        umount2(&path, MntFlags::empty()).unwrap();
+        mount.unmount(Unmount::Force).unwrap();
+        mount.unmount(Unmount::Lazy).unwrap();
+    }
+}
+
+#[test]
+fn a_successor_with_the_same_ids_survives() {
+    if !can_mount() {
+        return;
+    }
+    // Only a detached mount has a unique id for certain.
+    let dir = Dir::new();
+    let path = dir.file("file");
+    let (device, mount) = start(&path, by_fsmount);
+    if MountId::of_file(device.as_fd()).unwrap().unique.is_none() {
+        eprintln!("skipped: the kernel has no unique mount ids");
+        return;
+    }
+    umount2(&path, MntFlags::empty()).unwrap();
+    drop(device);
+    let successor = foreign_mount(&path);
+    mount.unmount(Unmount::Force).unwrap();
+    assert_eq!(entry_at(&path).unwrap().fs_type, "fuse.stranger");
+    drop(successor);
+}
+
+#[test]
+fn a_strangers_mount_on_top_is_not_removed() {
+    if !can_mount() {
+        return;
+    }
+    for (_, connect) in METHODS {
+        let dir = Dir::new();
+        let path = dir.file("file");
+        let (_device, mount) = start(&path, connect);
+        let stranger = foreign_mount(&path);
+        for how in [Unmount::Lazy, Unmount::Force] {
+            let error = mount.unmount(how).unwrap_err();
+            assert_eq!(error.errno(), libc::EBUSY, "{error}");
+            assert!(error.message().contains("'stranger' on"), "{error}");
+            assert_eq!(entry_at(&path).unwrap().source, "stranger");
+            assert_eq!(dir.mounts().len(), 2);
+        }
+        umount2(&path, MntFlags::MNT_DETACH).unwrap();
+        drop(stranger);
+        mount.unmount(Unmount::Lazy).unwrap();
+        assert_eq!(dir.mounts(), [] as [PathBuf; 0]);
+    }
+}
+
+#[test]
+fn a_hidden_mount_is_not_mistaken_for_what_hides_it() {
+    if !can_mount() {
+        return;
+    }
+    let dir = Dir::new();
+    let parent = dir.path().join("parent");
+    fs::create_dir(&parent).unwrap();
+    let path = dir.file("parent/file");
+    let (_device, mount) = start(&path, by_fsmount);
+    let kind = Some("tmpfs");
+    nix::mount::mount(kind, &parent, kind, MsFlags::empty(), None::<&str>).unwrap();
+    dir.file("parent/file");
+    let stranger = foreign_mount(&path);
+    assert_eq!(
+        mount.unmount(Unmount::Force).unwrap_err().errno(),
+        libc::EBUSY
+    );
+    assert_eq!(entry_at(&path).unwrap().source, "stranger");
+    umount2(&parent, MntFlags::MNT_DETACH).unwrap();
+    drop(stranger);
+    mount.unmount(Unmount::Lazy).unwrap();
+}
+
+#[test]
+fn a_renamed_directory_does_not_hide_the_mount() {
+    if !can_mount() {
+        return;
+    }
+    for (_, connect) in METHODS {
+        let dir = Dir::new();
+        let (old, new) = (dir.path().join("old"), dir.path().join("new \\ name"));
+        fs::create_dir(&old).unwrap();
+        let path = dir.file("old/file");
+        let (_device, mount) = start(&path, connect);
+        fs::rename(&old, &new).unwrap();
+        assert_eq!(refusal(&new.join("file")).errno(), libc::EEXIST);
+        // Another file under the old name is none of its business.
+        fs::create_dir(&old).unwrap();
+        dir.file("old/file");
+        let stranger = foreign_mount(&path);
+        mount.unmount(Unmount::Lazy).unwrap();
+        assert!(entry_at(&new.join("file")).is_none());
+        assert_eq!(entry_at(&path).unwrap().source, "stranger");
+        drop(stranger);
+    }
+}
+
+/// Runs `body` as a user without privileges, who owns the directory. Of all that
+/// a process is, only the calling thread changes.
+fn as_nobody(dir: &Dir, body: impl FnOnce() + Send) {
+    const NOBODY: libc::uid_t = 65534;
+    std::os::unix::fs::chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    for entry in fs::read_dir(dir.path()).unwrap() {
+        std::os::unix::fs::chown(entry.unwrap().path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // SAFETY: these calls take numbers, and a list of no groups.
+            let results = unsafe {
+                [
+                    libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()),
+                    libc::syscall(libc::SYS_setresgid, NOBODY, NOBODY, NOBODY),
+                    libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY),
+                ]
+            };
+            assert_eq!(results, [0; 3]);
+            body();
+        });
+    });
+}
+
+#[test]
+fn an_ordinary_user_mounts_with_fusermount3() {
+    if !can_mount() {
+        return;
+    }
+    let dir = Dir::new();
+    let path = dir.file("a file, \\ or");
+    as_nobody(&dir, || {
+        let (device, mount) = prepare(&options(&path)).unwrap().attach().unwrap();
+        assert_eq!(mount.method(), "fusermount3");
+        assert_eq!(entry_at(&path).unwrap().source, "/images/a,b\\c d");
+        let line = line_at(&path);
+        assert!(line.contains("user_id=65534,group_id=65534"), "{line}");
+        assert_eq!(events(device.as_fd()), PollFlags::POLLIN);
+        mount.unmount(Unmount::Force).unwrap();
+        assert!(entry_at(&path).is_none());
+        drop((device, mount));
+
+        let mounting = prepare(&options(&path)).unwrap();
+        assert!(entry_at(&path).is_some());
+        drop(mounting);
+        assert!(entry_at(&path).is_none());
+    });
+}
+
+#[test]
+fn an_ordinary_user_clears_dead_mounts_away() {
+    if !can_mount() {
+        return;
+    }
+    let dir = Dir::new();
+    let path = dir.file("file");
+    as_nobody(&dir, || {
+        drop(start(&path, connect_by_fusermount));
+        assert_eq!(dir.mounts().len(), 1);
+        drop(start(&path, connect_by_fusermount));
+        assert_eq!(dir.mounts().len(), 1);
+    });
+}
+
+#[test]
+fn an_ordinary_user_is_told_why_not() {
+    if !can_mount() {
+        return;
+    }
+    let dir = Dir::new();
+    let (foreign, own) = (Dir::new(), dir.file("file"));
+    let path = foreign.file("file");
+    let open_to_all = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(foreign.path(), open_to_all).unwrap();
+    as_nobody(&dir, || {
+        let error = refusal(&path);
+        assert_eq!(error.errno(), libc::EPERM, "{error}");
+        assert!(error.message().contains("fusermount3: "), "{error}");
+        assert!(!error.message().contains('\n'), "{error}");
+        let foreign_dir = refusal(Path::new("/root/.cache/file"));
+        assert_eq!(foreign_dir.errno(), libc::EACCES, "{foreign_dir}");
+        if fs::read_to_string("/etc/fuse.conf")
+            .is_ok_and(|text| text.contains("\nuser_allow_other"))
+        {
+            return;
+        }
+        let on = MountOptions {
+            allow_other: AllowOther::On,
+            ..options(&own)
+        };
+        let error = prepare(&on).unwrap_err();
+        assert!(error.message().contains("user_allow_other"), "{error}");
+    });
+    assert_eq!(foreign.mounts(), [] as [PathBuf; 0]);
+    assert_eq!(dir.mounts(), [] as [PathBuf; 0]);
+}
