@@ -75,6 +75,7 @@ struct Connection {
     device: OwnedFd,
     detached: Option<OwnedFd>,
     method: Method,
+    others: bool,
 }
 
 /// A connection whose file is not in use yet.
@@ -86,6 +87,7 @@ pub(crate) struct Mounting {
     // Declared, and so dropped, before the device: the mount disappears first.
     stage: Stage,
     device: OwnedFd,
+    others: bool,
 }
 
 #[derive(Debug)]
@@ -129,6 +131,7 @@ fn prepare_by(
         device,
         detached,
         method,
+        others,
     } = connect(options, &mountpoint)?;
     let stage = match detached {
         Some(tree) => Stage::Detached {
@@ -142,7 +145,11 @@ fn prepare_by(
             Stage::Visible(UndoOnDrop(Some(mount)))
         }
     };
-    Ok(Mounting { stage, device })
+    Ok(Mounting {
+        stage,
+        device,
+        others,
+    })
 }
 
 /// Mounts directly if this process may, else with the setuid helper.
@@ -171,6 +178,7 @@ fn connect_by_fsmount(options: &MountOptions<'_>, device: OwnedFd) -> Result<Con
         device,
         detached: Some(tree),
         method: Method::Fsmount,
+        others: options.allow_other != AllowOther::Off,
     })
 }
 
@@ -184,6 +192,7 @@ fn connect_by_mount(
         device,
         detached: None,
         method: Method::Mount,
+        others: options.allow_other != AllowOther::Off,
     })
 }
 
@@ -191,10 +200,12 @@ fn connect_by_fusermount(
     options: &MountOptions<'_>,
     mountpoint: &Mountpoint,
 ) -> Result<Connection> {
+    let (device, others) = fusermount::mount(options, mountpoint.path())?;
     Ok(Connection {
-        device: fusermount::mount(options, mountpoint.path())?,
+        device,
         detached: None,
         method: Method::Fusermount,
+        others,
     })
 }
 
@@ -202,6 +213,11 @@ impl Mounting {
     /// The connection's /dev/fuse descriptor.
     pub(crate) fn device(&self) -> BorrowedFd<'_> {
         self.device.as_fd()
+    }
+
+    /// Whether others than the owner may use the file.
+    pub(crate) fn allows_others(&self) -> bool {
+        self.others
     }
 
     /// Makes the mount visible where it is not yet, and hands over what there

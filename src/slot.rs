@@ -59,7 +59,7 @@ impl Slot {
         }
         Ok(Self {
             index,
-            head: Head::new_box_zeroed().map_err(|_| io::ErrorKind::OutOfMemory)?,
+            head: Box::new(Head::new_zeroed()),
             payload,
             payload_len: 0,
             dirty: 0,

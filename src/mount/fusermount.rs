@@ -22,15 +22,16 @@ const PROGRAMS: [&str; 2] = ["fusermount3", "fusermount"];
 /// Names the descriptor over which the helper hands back the connection.
 const SOCKET_VARIABLE: &str = "_FUSE_COMMFD";
 
-/// Mounts on `path` and returns the connection.
-pub(super) fn mount(options: &MountOptions<'_>, path: &Path) -> Result<OwnedFd> {
+/// Mounts on `path`; returns the connection, and whether others may use it.
+pub(super) fn mount(options: &MountOptions<'_>, path: &Path) -> Result<(OwnedFd, bool)> {
+    let mount = |others| Ok((mount_for(options, others, path)?, others));
     match options.allow_other {
-        AllowOther::Off => mount_for(options, false, path),
-        AllowOther::On => mount_for(options, true, path),
-        AllowOther::Auto => mount_for(options, true, path).or_else(|refusal| {
-            let device = mount_for(options, false, path)?;
+        AllowOther::Off => mount(false),
+        AllowOther::On => mount(true),
+        AllowOther::Auto => mount(true).or_else(|refusal: Error| {
+            let mounted = mount(false)?;
             log::info!("{refusal}; only this user can use the file");
-            Ok(device)
+            Ok(mounted)
         }),
     }
 }
