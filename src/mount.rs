@@ -150,7 +150,10 @@ fn connect(options: &MountOptions<'_>, mountpoint: &Mountpoint) -> Result<Connec
     match connect_directly(options, mountpoint) {
         Err(refusal) if matches!(refusal.errno(), libc::EPERM | libc::EACCES) => {
             log::debug!("{refusal}; trying fusermount3");
-            connect_by_fusermount(options, mountpoint)
+            connect_by_fusermount(options, mountpoint).map_err(|error| {
+                // Both, for either may be what has to be put right.
+                Error::new(refusal.errno(), format!("{error} (without it: {refusal})"))
+            })
         }
         result => result,
     }

@@ -2,10 +2,10 @@
 //! a file once it is mounted: the table of mounts tells what is to be known.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::thread;
@@ -13,7 +13,8 @@ use std::thread;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::mount::MsFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::stat::Mode;
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use nix::unistd::{geteuid, mkfifo};
 use tempfile::TempDir;
 
@@ -226,10 +227,8 @@ fn a_block_device_is_refused() {
     let devices = fs::read_dir("/dev")
         .unwrap()
         .filter_map(|entry| Some(entry.ok()?.path()));
-    let is_block = |path: &PathBuf| {
-        use std::os::unix::fs::FileTypeExt;
-        fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_block_device())
-    };
+    let is_block =
+        |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_block_device());
     let Some(path) = devices.into_iter().find(is_block) else {
         eprintln!("skipped: no block device");
         return;
@@ -638,16 +637,19 @@ fn a_renamed_directory_does_not_hide_the_mount() {
     }
 }
 
-/// Runs `body` as a user without privileges, who owns the directory. Of all that
-/// a process is, only the calling thread changes.
+/// Runs `body` as a user without privileges, who owns the directory and may open
+/// /dev/fuse, as most systems let everybody. Of the whole process only one
+/// thread changes, and its mounts vanish with it.
 fn as_nobody(dir: &Dir, body: impl FnOnce() + Send) {
     const NOBODY: libc::uid_t = 65534;
-    std::os::unix::fs::chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
     for entry in fs::read_dir(dir.path()).unwrap() {
-        std::os::unix::fs::chown(entry.unwrap().path(), Some(NOBODY), Some(NOBODY)).unwrap();
+        chown(entry.unwrap().path(), Some(NOBODY), Some(NOBODY)).unwrap();
     }
     thread::scope(|scope| {
         scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            open_fuse_to_all();
             // SAFETY: these calls take numbers, and a list of no groups.
             let results = unsafe {
                 [
@@ -660,6 +662,26 @@ fn as_nobody(dir: &Dir, body: impl FnOnce() + Send) {
             body();
         });
     });
+}
+
+/// Covers /dev/fuse with a node that everybody may open, in the mount namespace
+/// of the calling thread alone.
+fn open_fuse_to_all() {
+    let none = None::<&str>;
+    let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+    nix::mount::mount(none, "/", none, private, none).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let node = dir.path().join("fuse");
+    let everybody = Mode::from_bits_truncate(0o666);
+    mknod(&node, SFlag::S_IFCHR, everybody, makedev(10, 229)).unwrap();
+    fs::set_permissions(&node, Permissions::from_mode(0o666)).unwrap();
+    nix::mount::mount(Some(&node), "/dev/fuse", none, MsFlags::MS_BIND, none).unwrap();
+}
+
+/// Whether fusermount3 lets users share their mounts.
+fn users_may_allow_other() -> bool {
+    fs::read_to_string("/etc/fuse.conf")
+        .is_ok_and(|text| text.lines().any(|line| line == "user_allow_other"))
 }
 
 #[test]
@@ -675,6 +697,7 @@ fn an_ordinary_user_mounts_with_fusermount3() {
         assert_eq!(entry_at(&path).unwrap().source, "/images/a,b\\c d");
         let line = line_at(&path);
         assert!(line.contains("user_id=65534,group_id=65534"), "{line}");
+        assert_eq!(line.contains("allow_other"), users_may_allow_other());
         assert_eq!(events(device.as_fd()), PollFlags::POLLIN);
         mount.unmount(Unmount::Force).unwrap();
         assert!(entry_at(&path).is_none());
@@ -710,8 +733,7 @@ fn an_ordinary_user_is_told_why_not() {
     let dir = Dir::new();
     let (foreign, own) = (Dir::new(), dir.file("file"));
     let path = foreign.file("file");
-    let open_to_all = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    fs::set_permissions(foreign.path(), open_to_all).unwrap();
+    fs::set_permissions(foreign.path(), Permissions::from_mode(0o755)).unwrap();
     as_nobody(&dir, || {
         let error = refusal(&path);
         assert_eq!(error.errno(), libc::EPERM, "{error}");
@@ -719,9 +741,7 @@ fn an_ordinary_user_is_told_why_not() {
         assert!(!error.message().contains('\n'), "{error}");
         let foreign_dir = refusal(Path::new("/root/.cache/file"));
         assert_eq!(foreign_dir.errno(), libc::EACCES, "{foreign_dir}");
-        if fs::read_to_string("/etc/fuse.conf")
-            .is_ok_and(|text| text.contains("\nuser_allow_other"))
-        {
+        if users_may_allow_other() {
             return;
         }
         let on = MountOptions {
