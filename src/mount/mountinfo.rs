@@ -67,7 +67,7 @@ pub(super) fn find_fuse_mount(device: BorrowedFd<'_>, path: &Path) -> Option<Mou
     }?;
     Some(MountId {
         id: entry.id,
-        unique: None,
+        unique: kernel::find_unique_mount_id(entry.id),
         device: Some(entry.device.clone()),
     })
 }
@@ -170,19 +170,14 @@ impl MountTable {
 
     /// The mount that a look-up of `path` ends in, if one is mounted right there.
     pub(super) fn topmost(&self, path: &Path) -> Option<&MountEntry> {
-        self.0
-            .iter()
-            .find(|entry| entry.mount_point == path && self.hiding(entry).is_none())
+        self.find_visible(|entry| entry.mount_point == path)
     }
 
-    /// Some visible mount below a directory.
-    #[cfg(test)]
-    pub(super) fn first_below(&self, directory: &Path) -> Option<&MountEntry> {
-        let below = |entry: &&MountEntry| entry.mount_point.starts_with(directory);
+    /// The first mount wanted that nothing hides.
+    pub(super) fn find_visible(&self, wanted: impl Fn(&MountEntry) -> bool) -> Option<&MountEntry> {
         self.0
             .iter()
-            .filter(below)
-            .find(|entry| self.hiding(entry).is_none())
+            .find(|entry| wanted(entry) && self.hiding(entry).is_none())
     }
 
     /// The mount that keeps a look-up of `entry`'s path from ending in `entry`:

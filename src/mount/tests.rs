@@ -16,6 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use nix::unistd::{geteuid, mkfifo};
+use parking_lot::{Mutex, MutexGuard};
 use tempfile::TempDir;
 
 use super::*;
@@ -36,8 +37,11 @@ fn by_mount(options: &MountOptions<'_>, mountpoint: &Mountpoint) -> Result<Conne
     connect_by_mount(options, kernel::open_device()?, mountpoint)
 }
 
-/// Whether this process may mount; says why not, or panics if it must.
-fn can_mount() -> bool {
+/// The right to mount, if this process has it; else says why not, or panics if
+/// it must not skip. One test at a time, as device numbers are reused at once.
+fn can_mount() -> Option<MutexGuard<'static, ()>> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock();
     let reason = if !geteuid().is_root() {
         "not root"
     } else if kernel::open_device().is_err() {
@@ -45,14 +49,14 @@ fn can_mount() -> bool {
     } else if fusermount_is_missing() {
         "no fusermount3"
     } else {
-        return true;
+        return Some(turn);
     };
     assert!(
         std::env::var_os("BLKFUSE_NO_SKIP").is_none(),
         "cannot run: {reason}"
     );
     eprintln!("skipped: {reason}");
-    false
+    None
 }
 
 fn fusermount_is_missing() -> bool {
@@ -94,7 +98,9 @@ impl Drop for Dir {
             let Ok(table) = MountTable::read() else {
                 return;
             };
-            let Some(entry) = table.first_below(self.0.path()) else {
+            let Some(entry) =
+                table.find_visible(|entry| entry.mount_point.starts_with(self.0.path()))
+            else {
                 return;
             };
             let _ = umount2(&entry.mount_point, flags | MntFlags::UMOUNT_NOFOLLOW);
@@ -125,14 +131,11 @@ fn entry_at(path: &Path) -> Option<MountEntry> {
 
 /// The line of the raw table that shows the mount at `path`.
 fn line_at(path: &Path) -> String {
-    let id = entry_at(path).unwrap().id;
-    let table = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
-    let prefix = format!("{id} ");
-    table
-        .lines()
-        .find(|line| line.starts_with(&prefix))
-        .unwrap()
-        .to_owned()
+    let prefix = format!("{} ", entry_at(path).unwrap().id);
+    let table = fs::read("/proc/thread-self/mountinfo").unwrap();
+    let text = String::from_utf8_lossy(&table);
+    let mut lines = text.lines();
+    lines.find(|l| l.starts_with(&prefix)).unwrap().to_owned()
 }
 
 fn refusal(path: &Path) -> Error {
@@ -145,21 +148,22 @@ fn events(device: BorrowedFd<'_>) -> PollFlags {
     fds[0].revents().unwrap()
 }
 
-fn connection_number(device: BorrowedFd<'_>) -> String {
-    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", device.as_raw_fd())).unwrap();
-    let line = info
-        .lines()
-        .find(|line| line.starts_with("fuse_connection"))
-        .unwrap();
-    line.to_owned()
+/// Whether a connection ends, which a child that is being started may delay.
+fn is_aborted(device: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(device.as_fd(), PollFlags::empty())];
+    poll(&mut fds, 5000_u16).unwrap() == 1
 }
 
-/// Whether a descriptor of this process still refers to a connection.
-fn connection_is_open(number: &str) -> bool {
-    let infos = fs::read_dir("/proc/self/fdinfo").unwrap();
-    infos
-        .filter_map(|info| fs::read_to_string(info.ok()?.path()).ok())
-        .any(|info| info.lines().any(|line| line == number))
+/// How many descriptors of this process share a file with `witness`, which is
+/// one of them.
+fn sharers(witness: &OwnedFd) -> usize {
+    /// Linux 6.10: 1 if two descriptors share a file.
+    const F_DUPFD_QUERY: libc::c_int = 1027;
+    let names = fs::read_dir("/proc/self/fd").unwrap();
+    let numbers = names.filter_map(|name| name.ok()?.file_name().to_str()?.parse::<i32>().ok());
+    // SAFETY: the call takes numbers, and changes nothing.
+    let shares = |fd: &i32| unsafe { libc::fcntl(witness.as_raw_fd(), F_DUPFD_QUERY, *fd) } == 1;
+    numbers.filter(shares).count()
 }
 
 /// Leaves `count` mounts of dead servers on top of each other.
@@ -248,9 +252,9 @@ fn messages_keep_to_one_line() {
 
 #[test]
 fn every_method_mounts_and_unmounts() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     for (name, connect) in METHODS {
         let dir = Dir::new();
         let path = dir.file("file");
@@ -291,9 +295,9 @@ fn every_method_mounts_and_unmounts() {
 
 #[test]
 fn the_first_choice_is_fsmount() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("file");
     let (_device, mount) = prepare(&options(&path)).unwrap().attach().unwrap();
@@ -303,9 +307,9 @@ fn the_first_choice_is_fsmount() {
 
 #[test]
 fn a_read_only_private_mount_says_so() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     for (name, connect) in METHODS {
         let dir = Dir::new();
         let path = dir.file("file");
@@ -325,21 +329,21 @@ fn a_read_only_private_mount_says_so() {
 
 #[test]
 fn force_aborts_the_connection() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("file");
     let (device, mount) = start(&path, by_fsmount);
     mount.unmount(Unmount::Force).unwrap();
-    assert!(events(device.as_fd()).contains(PollFlags::POLLERR));
+    assert!(is_aborted(&device));
 }
 
 #[test]
 fn any_name_will_do() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let names: [&[u8]; 6] = [
         b"with blank",
         b"new\nline\ttab",
@@ -363,9 +367,9 @@ fn any_name_will_do() {
 
 #[test]
 fn symbolic_links_and_relative_paths_lead_to_the_file() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let up = "../".repeat(std::env::current_dir().unwrap().components().count());
     for (_, connect) in METHODS {
         let dir = Dir::new();
@@ -388,9 +392,9 @@ fn symbolic_links_and_relative_paths_lead_to_the_file() {
 
 #[test]
 fn a_second_export_on_a_path_is_refused() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("file");
     let mounting = prepare(&options(&path)).unwrap();
@@ -406,9 +410,9 @@ fn a_second_export_on_a_path_is_refused() {
 
 #[test]
 fn of_concurrent_starts_one_wins() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("file");
     let winners: Vec<Mounting> = thread::scope(|scope| {
@@ -423,18 +427,22 @@ fn of_concurrent_starts_one_wins() {
 
 #[test]
 fn dropping_rolls_everything_back() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     for (name, connect) in METHODS {
         let dir = Dir::new();
         let path = dir.file("file");
         let mounting = prepare_by(&options(&path), connect).unwrap();
-        let number = connection_number(mounting.device());
-        assert!(connection_is_open(&number));
+        let witness = mounting.device().try_clone_to_owned().unwrap();
+        assert_eq!(events(witness.as_fd()), PollFlags::POLLIN);
         drop(mounting);
         assert_eq!(dir.mounts(), [] as [PathBuf; 0], "{name}");
-        assert!(!connection_is_open(&number), "{name}");
+        assert!(
+            events(witness.as_fd()).contains(PollFlags::POLLERR),
+            "{name}"
+        );
+        assert!(sharers(&witness) <= 1, "{name}");
         assert!(fs::metadata(&path).unwrap().is_file());
         drop(prepare(&options(&path)).unwrap());
     }
@@ -442,26 +450,27 @@ fn dropping_rolls_everything_back() {
 
 #[test]
 fn a_failed_attach_leaves_nothing() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("file");
     let mounting = prepare(&options(&path)).unwrap();
-    let number = connection_number(mounting.device());
+    let witness = mounting.device().try_clone_to_owned().unwrap();
     fs::remove_file(&path).unwrap();
     let error = mounting.attach().unwrap_err();
     assert_eq!(error.errno(), libc::ENOENT, "{error}");
-    assert!(!connection_is_open(&number));
+    assert!(is_aborted(&witness));
+    assert!(sharers(&witness) <= 1);
     dir.file("file");
     drop(prepare(&options(&path)).unwrap());
 }
 
 #[test]
 fn the_kernels_own_words_reach_the_message() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("file");
     let null = File::open("/dev/null").unwrap();
@@ -483,9 +492,9 @@ fn the_kernels_own_words_reach_the_message() {
 
 #[test]
 fn dead_mounts_are_removed() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     for count in [1, 3] {
         let dir = Dir::new();
         let path = dir.file("file");
@@ -501,9 +510,9 @@ fn dead_mounts_are_removed() {
 
 #[test]
 fn a_dead_mount_that_is_not_a_file_is_left_alone() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.path().join("directory");
     fs::create_dir(&path).unwrap();
@@ -523,7 +532,7 @@ fn a_dead_mount_that_is_not_a_file_is_left_alone() {
     .unwrap();
     drop(device);
     assert_eq!(refusal(&path).errno(), libc::EISDIR);
-    assert_eq!(dir.mounts(), [path.clone()]);
+    assert_eq!(dir.mounts().len(), 1);
     // What is below it cannot be reached, and says so.
     assert_eq!(refusal(&path.join("file")).errno(), libc::ENOTCONN);
     assert_eq!(dir.mounts(), [path]);
@@ -531,14 +540,14 @@ fn a_dead_mount_that_is_not_a_file_is_left_alone() {
 
 #[test]
 fn a_mount_removed_by_somebody_else_is_no_error() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     for (_, connect) in METHODS {
         let dir = Dir::new();
         let path = dir.file("file");
         let (_device, mount) = start(&path, connect);
-        umount2(&path, MntFlags::empty()).unwrap();
+        umount2(&path, MntFlags::MNT_DETACH).unwrap();
         mount.unmount(Unmount::Force).unwrap();
         mount.unmount(Unmount::Lazy).unwrap();
     }
@@ -546,30 +555,31 @@ fn a_mount_removed_by_somebody_else_is_no_error() {
 
 #[test]
 fn a_successor_with_the_same_ids_survives() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
+    };
+    for (name, connect) in METHODS {
+        let dir = Dir::new();
+        let path = dir.file("file");
+        let (device, mount) = start(&path, connect);
+        if kernel::unique_mount_id(device.as_fd()).is_none() {
+            eprintln!("skipped: the kernel has no unique mount ids");
+            return;
+        }
+        umount2(&path, MntFlags::MNT_DETACH).unwrap();
+        drop(device);
+        let successor = foreign_mount(&path);
+        mount.unmount(Unmount::Force).unwrap();
+        assert_eq!(entry_at(&path).unwrap().source, "stranger", "{name}");
+        drop(successor);
     }
-    // Only a detached mount has a unique id for certain.
-    let dir = Dir::new();
-    let path = dir.file("file");
-    let (device, mount) = start(&path, by_fsmount);
-    if MountId::of_file(device.as_fd()).unwrap().unique.is_none() {
-        eprintln!("skipped: the kernel has no unique mount ids");
-        return;
-    }
-    umount2(&path, MntFlags::empty()).unwrap();
-    drop(device);
-    let successor = foreign_mount(&path);
-    mount.unmount(Unmount::Force).unwrap();
-    assert_eq!(entry_at(&path).unwrap().fs_type, "fuse.stranger");
-    drop(successor);
 }
 
 #[test]
 fn a_strangers_mount_on_top_is_not_removed() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     for (_, connect) in METHODS {
         let dir = Dir::new();
         let path = dir.file("file");
@@ -591,9 +601,9 @@ fn a_strangers_mount_on_top_is_not_removed() {
 
 #[test]
 fn a_hidden_mount_is_not_mistaken_for_what_hides_it() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let parent = dir.path().join("parent");
     fs::create_dir(&parent).unwrap();
@@ -615,9 +625,9 @@ fn a_hidden_mount_is_not_mistaken_for_what_hides_it() {
 
 #[test]
 fn a_renamed_directory_does_not_hide_the_mount() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     for (_, connect) in METHODS {
         let dir = Dir::new();
         let (old, new) = (dir.path().join("old"), dir.path().join("new \\ name"));
@@ -670,6 +680,14 @@ fn open_fuse_to_all() {
     let none = None::<&str>;
     let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
     nix::mount::mount(none, "/", none, private, none).unwrap();
+    // The copies would keep other tests' connections alive. They may vanish
+    // with their mountpoints meanwhile.
+    while let Some(entry) = MountTable::read()
+        .unwrap()
+        .find_visible(MountEntry::is_fuse)
+    {
+        let _ = umount2(&entry.mount_point, MntFlags::MNT_DETACH);
+    }
     let dir = tempfile::tempdir().unwrap();
     let node = dir.path().join("fuse");
     let everybody = Mode::from_bits_truncate(0o666);
@@ -686,9 +704,9 @@ fn users_may_allow_other() -> bool {
 
 #[test]
 fn an_ordinary_user_mounts_with_fusermount3() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("a file, \\ or");
     as_nobody(&dir, || {
@@ -712,9 +730,9 @@ fn an_ordinary_user_mounts_with_fusermount3() {
 
 #[test]
 fn an_ordinary_user_clears_dead_mounts_away() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("file");
     as_nobody(&dir, || {
@@ -727,9 +745,9 @@ fn an_ordinary_user_clears_dead_mounts_away() {
 
 #[test]
 fn an_ordinary_user_is_told_why_not() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let (foreign, own) = (Dir::new(), dir.file("file"));
     let path = foreign.file("file");
