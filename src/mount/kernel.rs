@@ -32,7 +32,6 @@ pub(super) fn open_device() -> Result<OwnedFd> {
             Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => {
                 "; load the module (modprobe fuse), or pass the device into the container"
             }
-            // The helper too opens it as the user.
             Errno::EACCES => "; let this user read and write it, as most systems let everybody",
             _ => "",
         };

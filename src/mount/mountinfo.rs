@@ -33,9 +33,11 @@ impl MountId {
         })
     }
 
-    /// Adds the device number of a connection, if the kernel tells it.
-    pub(super) fn with_connection(mut self, device: BorrowedFd<'_>) -> Self {
-        self.device = connection_device(device);
+    /// Adds the device number, now that the mount is in the table.
+    pub(super) fn with_device(mut self) -> Self {
+        if let Ok(table) = MountTable::read_until(|table| table.find(&self).is_some()) {
+            self.device = table.find(&self).map(|entry| entry.device.clone());
+        }
         self
     }
 

@@ -272,6 +272,11 @@ fn every_method_mounts_and_unmounts() {
         let entry = entry_at(&path).unwrap();
         assert_eq!(entry.fs_type, "fuse.blkfuse");
         assert_eq!(entry.source, "/images/a,b\\c d", "{name}");
+        let Presence::Mounted(id) = mount.claim.take() else {
+            panic!("{name}: not identified");
+        };
+        assert_eq!((id.id, id.device.as_ref()), (entry.id, Some(&entry.device)));
+        mount.claim.set(Presence::Mounted(id));
         let line = line_at(&path);
         assert!(line.contains(" rw,nosuid,nodev,noatime "), "{line}");
         for word in [
