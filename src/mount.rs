@@ -135,7 +135,7 @@ fn prepare_by(
     } = connect(options, &mountpoint)?;
     let stage = match detached {
         Some(tree) => Stage::Detached {
-            id: MountId::of_file(tree.as_fd()).map(|id| id.with_connection(device.as_fd())),
+            id: MountId::of_file(tree.as_fd()),
             tree,
             mountpoint,
         },
@@ -157,7 +157,11 @@ fn connect(options: &MountOptions<'_>, mountpoint: &Mountpoint) -> Result<Connec
     match connect_directly(options, mountpoint) {
         Err(refusal) if matches!(refusal.errno(), libc::EPERM | libc::EACCES) => {
             log::debug!("{refusal}; trying fusermount3");
-            connect_by_fusermount(options, mountpoint)
+            connect_by_fusermount(options, mountpoint).map_err(|error| match refusal.errno() {
+                // Of no use to the helper either, which opens the device as the user.
+                libc::EACCES => Error::new(libc::EACCES, format!("{error} ({refusal})")),
+                _ => error,
+            })
         }
         result => result,
     }
@@ -232,6 +236,7 @@ impl Mounting {
             } => {
                 kernel::attach(tree.as_fd(), &mountpoint)?;
                 let claim = mountpoint.into_claim();
+                let id = id.map(MountId::with_device);
                 Some(Mount::record(claim, Method::Fsmount, id))
             }
         };

@@ -4,8 +4,9 @@
 use std::ffi::{CStr, CString, OsStr};
 use std::fmt::Write as _;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::ptr;
 
 use nix::errno::Errno;
@@ -31,6 +32,7 @@ pub(super) fn open_device() -> Result<OwnedFd> {
             Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => {
                 "; load the module (modprobe fuse), or pass the device into the container"
             }
+            Errno::EACCES => "; let this user read and write it, as most systems let everybody",
             _ => "",
         };
         let message = format!("{DEVICE}: cannot open: {}{advice}", errno.desc());
@@ -130,7 +132,7 @@ pub(super) fn mount(
         flags |= MsFlags::MS_RDONLY;
     }
     let data = data_string(&parameters(options, device));
-    let mount_at = |target: &std::path::Path| {
+    let mount_at = |target: &Path| {
         nix::mount::mount(
             Some(options.source),
             target,
@@ -271,18 +273,52 @@ struct MountIdRequest {
     param: u64,
 }
 
+impl MountIdRequest {
+    fn new(mount_id: u64, param: u64) -> Self {
+        Self {
+            size: size_of::<Self>() as u32,
+            spare: 0,
+            mount_id,
+            param,
+        }
+    }
+}
+
+// libc has no names for these on most machines, but everywhere the calls since
+// Linux 5.1 follow each other in the same order.
+const SYS_STATMOUNT: libc::c_long = libc::SYS_fsopen + 27;
+const SYS_LISTMOUNT: libc::c_long = libc::SYS_fsopen + 28;
+
 /// Whether statmount(2) says that the mount with this unique id is gone.
 pub(super) fn is_unmounted(unique: u64) -> bool {
-    // libc has no name for it on most machines; on all it has this distance.
-    const SYS_STATMOUNT: libc::c_long = libc::SYS_fsopen + 27;
-    let request = MountIdRequest {
-        size: size_of::<MountIdRequest>() as u32,
-        spare: 0,
-        mount_id: unique,
-        param: 0,
-    };
-    // Room for the fixed part of `struct statmount`, with some to spare.
-    let mut answer = [0_u64; 128];
+    old_mount_id(unique) == Err(Errno::ENOENT)
+}
+
+/// The unique id of the mount that mount tables show under `id`.
+pub(super) fn find_unique_mount_id(id: u64) -> Option<u64> {
+    let mut last = 0;
+    let mut page = [0; 256];
+    loop {
+        let count = list_mounts(last, &mut page).ok()?;
+        let found = |unique: &&u64| old_mount_id(**unique) == Ok(id);
+        if let Some(unique) = page[..count].iter().find(found) {
+            return Some(*unique);
+        }
+        if count < page.len() {
+            return None;
+        }
+        last = page[count - 1];
+    }
+}
+
+/// The id in mount tables of the mount with this unique id (Linux 6.8).
+fn old_mount_id(unique: u64) -> nix::Result<u64> {
+    const STATMOUNT_MNT_BASIC: u64 = 2;
+    /// Where `struct statmount` has `mnt_id_old`, counted in 32-bit words.
+    const MNT_ID_OLD: usize = 14;
+    let request = MountIdRequest::new(unique, STATMOUNT_MNT_BASIC);
+    // More than its fixed part needs.
+    let mut answer = [0_u32; 256];
     // SAFETY: the kernel reads one request of the size that it names, and writes
     // at most as many bytes to `answer` as it has.
     let result = unsafe {
@@ -294,13 +330,32 @@ pub(super) fn is_unmounted(unique: u64) -> bool {
             0,
         )
     };
-    result != 0 && Errno::last() == Errno::ENOENT
+    Errno::result(result).map(|_| answer[MNT_ID_OLD].into())
+}
+
+/// Fills `page` with the unique ids that follow `last`, and returns how many.
+fn list_mounts(last: u64, page: &mut [u64]) -> nix::Result<usize> {
+    /// Means all mounts of the namespace.
+    const LSMT_ROOT: u64 = u64::MAX;
+    let request = MountIdRequest::new(LSMT_ROOT, last);
+    // SAFETY: the kernel reads one request of the size that it names, and writes
+    // at most `page.len()` ids to `page`.
+    let result = unsafe {
+        libc::syscall(
+            SYS_LISTMOUNT,
+            &raw const request,
+            page.as_mut_ptr(),
+            page.len(),
+            0,
+        )
+    };
+    Errno::result(result).map(|count| count as usize)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
+    use std::os::fd::AsFd;
 
     #[test]
     fn the_data_string_has_what_fuse_demands() {
@@ -337,6 +392,9 @@ mod tests {
         assert_eq!(cached_type(null.as_fd()), Some(SFlag::S_IFCHR));
         if let Some(unique) = unique_mount_id(null.as_fd()) {
             assert!(!is_unmounted(unique));
+            let id = old_mount_id(unique).unwrap();
+            assert_eq!(find_unique_mount_id(id), Some(unique));
+            assert_eq!(find_unique_mount_id(u64::MAX), None);
         }
     }
 }

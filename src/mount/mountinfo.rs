@@ -33,9 +33,11 @@ impl MountId {
         })
     }
 
-    /// Adds the device number of a connection, if the kernel tells it.
-    pub(super) fn with_connection(mut self, device: BorrowedFd<'_>) -> Self {
-        self.device = connection_device(device);
+    /// Adds the device number, now that the mount is in the table.
+    pub(super) fn with_device(mut self) -> Self {
+        if let Ok(table) = MountTable::read_until(|table| table.find(&self).is_some()) {
+            self.device = table.find(&self).map(|entry| entry.device.clone());
+        }
         self
     }
 
@@ -67,7 +69,7 @@ pub(super) fn find_fuse_mount(device: BorrowedFd<'_>, path: &Path) -> Option<Mou
     }?;
     Some(MountId {
         id: entry.id,
-        unique: None,
+        unique: kernel::find_unique_mount_id(entry.id),
         device: Some(entry.device.clone()),
     })
 }
@@ -170,19 +172,14 @@ impl MountTable {
 
     /// The mount that a look-up of `path` ends in, if one is mounted right there.
     pub(super) fn topmost(&self, path: &Path) -> Option<&MountEntry> {
-        self.0
-            .iter()
-            .find(|entry| entry.mount_point == path && self.hiding(entry).is_none())
+        self.find_visible(|entry| entry.mount_point == path)
     }
 
-    /// Some visible mount below a directory.
-    #[cfg(test)]
-    pub(super) fn first_below(&self, directory: &Path) -> Option<&MountEntry> {
-        let below = |entry: &&MountEntry| entry.mount_point.starts_with(directory);
+    /// The first mount wanted that nothing hides.
+    pub(super) fn find_visible(&self, wanted: impl Fn(&MountEntry) -> bool) -> Option<&MountEntry> {
         self.0
             .iter()
-            .filter(below)
-            .find(|entry| self.hiding(entry).is_none())
+            .find(|entry| wanted(entry) && self.hiding(entry).is_none())
     }
 
     /// The mount that keeps a look-up of `entry`'s path from ending in `entry`:

@@ -2,10 +2,10 @@
 //! a file once it is mounted: the table of mounts tells what is to be known.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::thread;
@@ -13,8 +13,10 @@ use std::thread;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::mount::MsFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::stat::Mode;
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use nix::unistd::{geteuid, mkfifo};
+use parking_lot::{Mutex, MutexGuard};
 use tempfile::TempDir;
 
 use super::*;
@@ -35,8 +37,11 @@ fn by_mount(options: &MountOptions<'_>, mountpoint: &Mountpoint) -> Result<Conne
     connect_by_mount(options, kernel::open_device()?, mountpoint)
 }
 
-/// Whether this process may mount; says why not, or panics if it must.
-fn can_mount() -> bool {
+/// The right to mount, if this process has it; else says why not, or panics if
+/// it must not skip. One test at a time, as device numbers are reused at once.
+fn can_mount() -> Option<MutexGuard<'static, ()>> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock();
     let reason = if !geteuid().is_root() {
         "not root"
     } else if kernel::open_device().is_err() {
@@ -44,14 +49,14 @@ fn can_mount() -> bool {
     } else if fusermount_is_missing() {
         "no fusermount3"
     } else {
-        return true;
+        return Some(turn);
     };
     assert!(
         std::env::var_os("BLKFUSE_NO_SKIP").is_none(),
         "cannot run: {reason}"
     );
     eprintln!("skipped: {reason}");
-    false
+    None
 }
 
 fn fusermount_is_missing() -> bool {
@@ -93,7 +98,9 @@ impl Drop for Dir {
             let Ok(table) = MountTable::read() else {
                 return;
             };
-            let Some(entry) = table.first_below(self.0.path()) else {
+            let Some(entry) =
+                table.find_visible(|entry| entry.mount_point.starts_with(self.0.path()))
+            else {
                 return;
             };
             let _ = umount2(&entry.mount_point, flags | MntFlags::UMOUNT_NOFOLLOW);
@@ -124,14 +131,11 @@ fn entry_at(path: &Path) -> Option<MountEntry> {
 
 /// The line of the raw table that shows the mount at `path`.
 fn line_at(path: &Path) -> String {
-    let id = entry_at(path).unwrap().id;
-    let table = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
-    let prefix = format!("{id} ");
-    table
-        .lines()
-        .find(|line| line.starts_with(&prefix))
-        .unwrap()
-        .to_owned()
+    let prefix = format!("{} ", entry_at(path).unwrap().id);
+    let table = fs::read("/proc/thread-self/mountinfo").unwrap();
+    let text = String::from_utf8_lossy(&table);
+    let mut lines = text.lines();
+    lines.find(|l| l.starts_with(&prefix)).unwrap().to_owned()
 }
 
 fn refusal(path: &Path) -> Error {
@@ -144,21 +148,22 @@ fn events(device: BorrowedFd<'_>) -> PollFlags {
     fds[0].revents().unwrap()
 }
 
-fn connection_number(device: BorrowedFd<'_>) -> String {
-    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", device.as_raw_fd())).unwrap();
-    let line = info
-        .lines()
-        .find(|line| line.starts_with("fuse_connection"))
-        .unwrap();
-    line.to_owned()
+/// Whether a connection ends, which a child that is being started may delay.
+fn is_aborted(device: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(device.as_fd(), PollFlags::empty())];
+    poll(&mut fds, 5000_u16).unwrap() == 1
 }
 
-/// Whether a descriptor of this process still refers to a connection.
-fn connection_is_open(number: &str) -> bool {
-    let infos = fs::read_dir("/proc/self/fdinfo").unwrap();
-    infos
-        .filter_map(|info| fs::read_to_string(info.ok()?.path()).ok())
-        .any(|info| info.lines().any(|line| line == number))
+/// How many descriptors of this process share a file with `witness`, which is
+/// one of them.
+fn sharers(witness: &OwnedFd) -> usize {
+    /// Linux 6.10: 1 if two descriptors share a file.
+    const F_DUPFD_QUERY: libc::c_int = 1027;
+    let names = fs::read_dir("/proc/self/fd").unwrap();
+    let numbers = names.filter_map(|name| name.ok()?.file_name().to_str()?.parse::<i32>().ok());
+    // SAFETY: the call takes numbers, and changes nothing.
+    let shares = |fd: &i32| unsafe { libc::fcntl(witness.as_raw_fd(), F_DUPFD_QUERY, *fd) } == 1;
+    numbers.filter(shares).count()
 }
 
 /// Leaves `count` mounts of dead servers on top of each other.
@@ -226,10 +231,8 @@ fn a_block_device_is_refused() {
     let devices = fs::read_dir("/dev")
         .unwrap()
         .filter_map(|entry| Some(entry.ok()?.path()));
-    let is_block = |path: &PathBuf| {
-        use std::os::unix::fs::FileTypeExt;
-        fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_block_device())
-    };
+    let is_block =
+        |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_block_device());
     let Some(path) = devices.into_iter().find(is_block) else {
         eprintln!("skipped: no block device");
         return;
@@ -249,9 +252,9 @@ fn messages_keep_to_one_line() {
 
 #[test]
 fn every_method_mounts_and_unmounts() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     for (name, connect) in METHODS {
         let dir = Dir::new();
         let path = dir.file("file");
@@ -269,6 +272,11 @@ fn every_method_mounts_and_unmounts() {
         let entry = entry_at(&path).unwrap();
         assert_eq!(entry.fs_type, "fuse.blkfuse");
         assert_eq!(entry.source, "/images/a,b\\c d", "{name}");
+        let Presence::Mounted(id) = mount.claim.take() else {
+            panic!("{name}: not identified");
+        };
+        assert_eq!((id.id, id.device.as_ref()), (entry.id, Some(&entry.device)));
+        mount.claim.set(Presence::Mounted(id));
         let line = line_at(&path);
         assert!(line.contains(" rw,nosuid,nodev,noatime "), "{line}");
         for word in [
@@ -292,9 +300,9 @@ fn every_method_mounts_and_unmounts() {
 
 #[test]
 fn the_first_choice_is_fsmount() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("file");
     let (_device, mount) = prepare(&options(&path)).unwrap().attach().unwrap();
@@ -304,9 +312,9 @@ fn the_first_choice_is_fsmount() {
 
 #[test]
 fn a_read_only_private_mount_says_so() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     for (name, connect) in METHODS {
         let dir = Dir::new();
         let path = dir.file("file");
@@ -326,21 +334,21 @@ fn a_read_only_private_mount_says_so() {
 
 #[test]
 fn force_aborts_the_connection() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("file");
     let (device, mount) = start(&path, by_fsmount);
     mount.unmount(Unmount::Force).unwrap();
-    assert!(events(device.as_fd()).contains(PollFlags::POLLERR));
+    assert!(is_aborted(&device));
 }
 
 #[test]
 fn any_name_will_do() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let names: [&[u8]; 6] = [
         b"with blank",
         b"new\nline\ttab",
@@ -364,9 +372,9 @@ fn any_name_will_do() {
 
 #[test]
 fn symbolic_links_and_relative_paths_lead_to_the_file() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let up = "../".repeat(std::env::current_dir().unwrap().components().count());
     for (_, connect) in METHODS {
         let dir = Dir::new();
@@ -389,9 +397,9 @@ fn symbolic_links_and_relative_paths_lead_to_the_file() {
 
 #[test]
 fn a_second_export_on_a_path_is_refused() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("file");
     let mounting = prepare(&options(&path)).unwrap();
@@ -407,9 +415,9 @@ fn a_second_export_on_a_path_is_refused() {
 
 #[test]
 fn of_concurrent_starts_one_wins() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("file");
     let winners: Vec<Mounting> = thread::scope(|scope| {
@@ -424,18 +432,22 @@ fn of_concurrent_starts_one_wins() {
 
 #[test]
 fn dropping_rolls_everything_back() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     for (name, connect) in METHODS {
         let dir = Dir::new();
         let path = dir.file("file");
         let mounting = prepare_by(&options(&path), connect).unwrap();
-        let number = connection_number(mounting.device());
-        assert!(connection_is_open(&number));
+        let witness = mounting.device().try_clone_to_owned().unwrap();
+        assert_eq!(events(witness.as_fd()), PollFlags::POLLIN);
         drop(mounting);
         assert_eq!(dir.mounts(), [] as [PathBuf; 0], "{name}");
-        assert!(!connection_is_open(&number), "{name}");
+        assert!(
+            events(witness.as_fd()).contains(PollFlags::POLLERR),
+            "{name}"
+        );
+        assert!(sharers(&witness) <= 1, "{name}");
         assert!(fs::metadata(&path).unwrap().is_file());
         drop(prepare(&options(&path)).unwrap());
     }
@@ -443,26 +455,27 @@ fn dropping_rolls_everything_back() {
 
 #[test]
 fn a_failed_attach_leaves_nothing() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("file");
     let mounting = prepare(&options(&path)).unwrap();
-    let number = connection_number(mounting.device());
+    let witness = mounting.device().try_clone_to_owned().unwrap();
     fs::remove_file(&path).unwrap();
     let error = mounting.attach().unwrap_err();
     assert_eq!(error.errno(), libc::ENOENT, "{error}");
-    assert!(!connection_is_open(&number));
+    assert!(is_aborted(&witness));
+    assert!(sharers(&witness) <= 1);
     dir.file("file");
     drop(prepare(&options(&path)).unwrap());
 }
 
 #[test]
 fn the_kernels_own_words_reach_the_message() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("file");
     let null = File::open("/dev/null").unwrap();
@@ -484,9 +497,9 @@ fn the_kernels_own_words_reach_the_message() {
 
 #[test]
 fn dead_mounts_are_removed() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     for count in [1, 3] {
         let dir = Dir::new();
         let path = dir.file("file");
@@ -502,9 +515,9 @@ fn dead_mounts_are_removed() {
 
 #[test]
 fn a_dead_mount_that_is_not_a_file_is_left_alone() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.path().join("directory");
     fs::create_dir(&path).unwrap();
@@ -524,7 +537,7 @@ fn a_dead_mount_that_is_not_a_file_is_left_alone() {
     .unwrap();
     drop(device);
     assert_eq!(refusal(&path).errno(), libc::EISDIR);
-    assert_eq!(dir.mounts(), [path.clone()]);
+    assert_eq!(dir.mounts().len(), 1);
     // What is below it cannot be reached, and says so.
     assert_eq!(refusal(&path.join("file")).errno(), libc::ENOTCONN);
     assert_eq!(dir.mounts(), [path]);
@@ -532,14 +545,14 @@ fn a_dead_mount_that_is_not_a_file_is_left_alone() {
 
 #[test]
 fn a_mount_removed_by_somebody_else_is_no_error() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     for (_, connect) in METHODS {
         let dir = Dir::new();
         let path = dir.file("file");
         let (_device, mount) = start(&path, connect);
-        umount2(&path, MntFlags::empty()).unwrap();
+        umount2(&path, MntFlags::MNT_DETACH).unwrap();
         mount.unmount(Unmount::Force).unwrap();
         mount.unmount(Unmount::Lazy).unwrap();
     }
@@ -547,30 +560,31 @@ fn a_mount_removed_by_somebody_else_is_no_error() {
 
 #[test]
 fn a_successor_with_the_same_ids_survives() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
+    };
+    for (name, connect) in METHODS {
+        let dir = Dir::new();
+        let path = dir.file("file");
+        let (device, mount) = start(&path, connect);
+        if kernel::unique_mount_id(device.as_fd()).is_none() {
+            eprintln!("skipped: the kernel has no unique mount ids");
+            return;
+        }
+        umount2(&path, MntFlags::MNT_DETACH).unwrap();
+        drop(device);
+        let successor = foreign_mount(&path);
+        mount.unmount(Unmount::Force).unwrap();
+        assert_eq!(entry_at(&path).unwrap().source, "stranger", "{name}");
+        drop(successor);
     }
-    // Only a detached mount has a unique id for certain.
-    let dir = Dir::new();
-    let path = dir.file("file");
-    let (device, mount) = start(&path, by_fsmount);
-    if MountId::of_file(device.as_fd()).unwrap().unique.is_none() {
-        eprintln!("skipped: the kernel has no unique mount ids");
-        return;
-    }
-    umount2(&path, MntFlags::empty()).unwrap();
-    drop(device);
-    let successor = foreign_mount(&path);
-    mount.unmount(Unmount::Force).unwrap();
-    assert_eq!(entry_at(&path).unwrap().fs_type, "fuse.stranger");
-    drop(successor);
 }
 
 #[test]
 fn a_strangers_mount_on_top_is_not_removed() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     for (_, connect) in METHODS {
         let dir = Dir::new();
         let path = dir.file("file");
@@ -592,9 +606,9 @@ fn a_strangers_mount_on_top_is_not_removed() {
 
 #[test]
 fn a_hidden_mount_is_not_mistaken_for_what_hides_it() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let parent = dir.path().join("parent");
     fs::create_dir(&parent).unwrap();
@@ -616,9 +630,9 @@ fn a_hidden_mount_is_not_mistaken_for_what_hides_it() {
 
 #[test]
 fn a_renamed_directory_does_not_hide_the_mount() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     for (_, connect) in METHODS {
         let dir = Dir::new();
         let (old, new) = (dir.path().join("old"), dir.path().join("new \\ name"));
@@ -638,16 +652,19 @@ fn a_renamed_directory_does_not_hide_the_mount() {
     }
 }
 
-/// Runs `body` as a user without privileges, who owns the directory. Of all that
-/// a process is, only the calling thread changes.
+/// Runs `body` as a user without privileges, who owns the directory and may open
+/// /dev/fuse, as most systems let everybody. Of the whole process only one
+/// thread changes, and its mounts vanish with it.
 fn as_nobody(dir: &Dir, body: impl FnOnce() + Send) {
     const NOBODY: libc::uid_t = 65534;
-    std::os::unix::fs::chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
     for entry in fs::read_dir(dir.path()).unwrap() {
-        std::os::unix::fs::chown(entry.unwrap().path(), Some(NOBODY), Some(NOBODY)).unwrap();
+        chown(entry.unwrap().path(), Some(NOBODY), Some(NOBODY)).unwrap();
     }
     thread::scope(|scope| {
         scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            open_fuse_to_all();
             // SAFETY: these calls take numbers, and a list of no groups.
             let results = unsafe {
                 [
@@ -662,11 +679,39 @@ fn as_nobody(dir: &Dir, body: impl FnOnce() + Send) {
     });
 }
 
+/// Covers /dev/fuse with a node that everybody may open, in the mount namespace
+/// of the calling thread alone.
+fn open_fuse_to_all() {
+    let none = None::<&str>;
+    let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+    nix::mount::mount(none, "/", none, private, none).unwrap();
+    // The copies would keep other tests' connections alive. They may vanish
+    // with their mountpoints meanwhile.
+    while let Some(entry) = MountTable::read()
+        .unwrap()
+        .find_visible(MountEntry::is_fuse)
+    {
+        let _ = umount2(&entry.mount_point, MntFlags::MNT_DETACH);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let node = dir.path().join("fuse");
+    let everybody = Mode::from_bits_truncate(0o666);
+    mknod(&node, SFlag::S_IFCHR, everybody, makedev(10, 229)).unwrap();
+    fs::set_permissions(&node, Permissions::from_mode(0o666)).unwrap();
+    nix::mount::mount(Some(&node), "/dev/fuse", none, MsFlags::MS_BIND, none).unwrap();
+}
+
+/// Whether fusermount3 lets users share their mounts.
+fn users_may_allow_other() -> bool {
+    fs::read_to_string("/etc/fuse.conf")
+        .is_ok_and(|text| text.lines().any(|line| line == "user_allow_other"))
+}
+
 #[test]
 fn an_ordinary_user_mounts_with_fusermount3() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("a file, \\ or");
     as_nobody(&dir, || {
@@ -675,6 +720,7 @@ fn an_ordinary_user_mounts_with_fusermount3() {
         assert_eq!(entry_at(&path).unwrap().source, "/images/a,b\\c d");
         let line = line_at(&path);
         assert!(line.contains("user_id=65534,group_id=65534"), "{line}");
+        assert_eq!(line.contains("allow_other"), users_may_allow_other());
         assert_eq!(events(device.as_fd()), PollFlags::POLLIN);
         mount.unmount(Unmount::Force).unwrap();
         assert!(entry_at(&path).is_none());
@@ -689,9 +735,9 @@ fn an_ordinary_user_mounts_with_fusermount3() {
 
 #[test]
 fn an_ordinary_user_clears_dead_mounts_away() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let path = dir.file("file");
     as_nobody(&dir, || {
@@ -704,14 +750,13 @@ fn an_ordinary_user_clears_dead_mounts_away() {
 
 #[test]
 fn an_ordinary_user_is_told_why_not() {
-    if !can_mount() {
+    let Some(_turn) = can_mount() else {
         return;
-    }
+    };
     let dir = Dir::new();
     let (foreign, own) = (Dir::new(), dir.file("file"));
     let path = foreign.file("file");
-    let open_to_all = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    fs::set_permissions(foreign.path(), open_to_all).unwrap();
+    fs::set_permissions(foreign.path(), Permissions::from_mode(0o755)).unwrap();
     as_nobody(&dir, || {
         let error = refusal(&path);
         assert_eq!(error.errno(), libc::EPERM, "{error}");
@@ -719,9 +764,7 @@ fn an_ordinary_user_is_told_why_not() {
         assert!(!error.message().contains('\n'), "{error}");
         let foreign_dir = refusal(Path::new("/root/.cache/file"));
         assert_eq!(foreign_dir.errno(), libc::EACCES, "{foreign_dir}");
-        if fs::read_to_string("/etc/fuse.conf")
-            .is_ok_and(|text| text.contains("\nuser_allow_other"))
-        {
+        if users_may_allow_other() {
             return;
         }
         let on = MountOptions {
