@@ -7,11 +7,7 @@ use nix::errno::Errno;
 
 /// A failure in words; shown as `OBJECT: REASON; WHAT TO DO`.
 #[derive(Debug)]
-pub struct Failure {
-    object: String,
-    reason: String,
-    advice: Option<String>,
-}
+pub struct Failure(String);
 
 /// What can fail with words for people.
 pub type Result<T> = std::result::Result<T, Failure>;
@@ -19,11 +15,7 @@ pub type Result<T> = std::result::Result<T, Failure>;
 impl Failure {
     /// Something is wrong with `object`.
     pub fn new(object: impl fmt::Display, reason: impl fmt::Display) -> Self {
-        Self {
-            object: object.to_string(),
-            reason: reason.to_string(),
-            advice: None,
-        }
+        Self(format!("{object}: {reason}"))
     }
 
     /// A call that concerned `object` failed.
@@ -32,19 +24,21 @@ impl Failure {
     }
 
     /// Adds what the user can do about it.
-    pub fn advise(mut self, advice: impl Into<String>) -> Self {
-        self.advice = Some(advice.into());
-        self
+    pub fn advise(self, advice: &str) -> Self {
+        Self(format!("{}; {advice}", self.0))
+    }
+}
+
+impl From<blkfuse::Error> for Failure {
+    /// The library's messages name the object and the reason.
+    fn from(error: blkfuse::Error) -> Self {
+        Self(error.to_string())
     }
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.object, self.reason)?;
-        match &self.advice {
-            Some(advice) => write!(f, "; {advice}"),
-            None => Ok(()),
-        }
+        f.write_str(&self.0)
     }
 }
 

@@ -48,6 +48,24 @@ pub enum Image {
     Null(Null),
 }
 
+impl Image {
+    pub fn length(&self) -> io::Result<u64> {
+        match self {
+            Self::Raw(raw) => raw.length(),
+            Self::Ram(ram) => Ok(ram.length()),
+            Self::Null(null) => Ok(null.length()),
+        }
+    }
+
+    pub fn flush(&self) -> io::Result<()> {
+        match self {
+            Self::Raw(raw) => raw.flush(),
+            // Nothing here outlives the process.
+            Self::Ram(_) | Self::Null(_) => Ok(()),
+        }
+    }
+}
+
 /// Opens and locks what `name` stands for: `null:SIZE`, `ram:SIZE`, or a path.
 pub fn open(name: &OsStr, options: Options) -> Result<Image> {
     if let Some(size) = name.as_bytes().strip_prefix(b"null:") {
