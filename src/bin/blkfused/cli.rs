@@ -133,10 +133,8 @@ pub fn parse() -> Result<Config> {
 impl Arguments {
     fn into_config(self) -> Result<Config> {
         if self.growable && !self.writable {
-            return Err(
-                Failure::new("--growable", "a read-only export cannot grow")
-                    .advise("add --writable"),
-            );
+            return Err(Failure::new("--growable", "a read-only export cannot grow")
+                .advise("add --writable"));
         }
         let first = self.image.zip(self.mountpoint);
         let mut exports: Vec<Pair> = first
@@ -183,10 +181,9 @@ fn split(
         image: part(&bytes[..at]),
         mountpoint: part(&bytes[at + 1..]),
     };
-    let mut fitting = places
-        .iter()
-        .map(|at| pair(*at))
-        .filter(|pair| places.len() > 1 && is_image(&pair.image) && is_mountpoint(&pair.mountpoint));
+    let mut fitting = places.iter().map(|at| pair(*at)).filter(|pair| {
+        places.len() > 1 && is_image(&pair.image) && is_mountpoint(&pair.mountpoint)
+    });
     match (fitting.next(), fitting.next(), places.last()) {
         (Some(pair), None, _) => Ok(pair),
         (None, _, Some(at)) => Ok(pair(*at)),
@@ -242,11 +239,31 @@ mod tests {
     #[test]
     fn all_options_are_understood() {
         let config = config(&[
-            "-f", "raw", "-w", "--growable", "--allow-other", "off", "--threads", "3",
-            "--cache", "none", "--discard", "off", "--log-level", "debug",
-            "--export", "a=b", "c", "d", "--export", "e=f",
+            "-f",
+            "raw",
+            "-w",
+            "--growable",
+            "--allow-other",
+            "off",
+            "--threads",
+            "3",
+            "--cache",
+            "none",
+            "--discard",
+            "off",
+            "--log-level",
+            "debug",
+            "--export",
+            "a=b",
+            "c",
+            "d",
+            "--export",
+            "e=f",
         ]);
-        assert_eq!(config.exports, [pair("c", "d"), pair("a", "b"), pair("e", "f")]);
+        assert_eq!(
+            config.exports,
+            [pair("c", "d"), pair("a", "b"), pair("e", "f")]
+        );
         assert!(config.options.writable && config.options.growable && config.options.raw);
         assert!(!config.options.discard);
         assert_eq!(config.options.cache, Some(Cache::None));

@@ -52,8 +52,7 @@ fn main() -> ExitCode {
 /// went wrong on the way.
 fn run(config: Option<Config>) -> Result<bool> {
     // Before any thread is started.
-    let signals =
-        Signals::take_over().map_err(|errno| Failure::io("signalfd", &errno.into()))?;
+    let signals = Signals::take_over().map_err(|errno| Failure::io("signalfd", &errno.into()))?;
     match config {
         Some(config) => {
             start_log(config.log_level);

@@ -35,8 +35,10 @@ pub fn take(path: &Path, number: RawFd) -> Result<OwnedFd> {
     };
     let fd = duplicate(number).map_err(|e| fail(&e))?;
     if !is_fuse(&fd).map_err(|e| fail(&e))? {
-        return Err(Failure::new(path.display(), "is not a /dev/fuse descriptor")
-            .advise("pass one that was mounted"));
+        return Err(
+            Failure::new(path.display(), "is not a /dev/fuse descriptor")
+                .advise("pass one that was mounted"),
+        );
     }
     nix::unistd::close(number).map_err(|e| fail(&e.into()))?;
     Ok(fd)
@@ -90,7 +92,13 @@ mod tests {
     #[test]
     fn only_plain_numbers_are_descriptors() {
         assert_eq!(number("/dev/fd/17".as_ref()), Some(17));
-        for path in ["/dev/fd/", "/dev/fd/+1", "/dev/fd/1/x", "/dev/fd/99999999999", "fd/1"] {
+        for path in [
+            "/dev/fd/",
+            "/dev/fd/+1",
+            "/dev/fd/1/x",
+            "/dev/fd/99999999999",
+            "fd/1",
+        ] {
             assert_eq!(number(path.as_ref()), None, "{path}");
         }
     }
@@ -111,8 +119,17 @@ mod tests {
         let number = File::open("/dev/null").unwrap().into_raw_fd();
         let path = format!("/dev/fd/{number}");
         let failure = take(path.as_ref(), number).unwrap_err();
-        assert!(failure.to_string().ends_with("is not a /dev/fuse descriptor; pass one that was mounted"));
+        assert!(
+            failure
+                .to_string()
+                .ends_with("is not a /dev/fuse descriptor; pass one that was mounted")
+        );
         let failure = take("/dev/fd/65000".as_ref(), 65000).unwrap_err();
-        assert!(failure.to_string().starts_with("/dev/fd/65000: Bad file number;"), "{failure}");
+        assert!(
+            failure
+                .to_string()
+                .starts_with("/dev/fd/65000: Bad file number;"),
+            "{failure}"
+        );
     }
 }

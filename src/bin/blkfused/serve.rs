@@ -228,7 +228,7 @@ fn stop_all(running: Vec<Option<Running>>, signals: &Signals) -> bool {
         running.iter().for_each(|one| one.stop(Stop::Force));
     };
     attend(signals, force, || quiesce(&running));
-    attend(signals, || give_up(), || delete_all(running))
+    attend(signals, give_up, || delete_all(running))
 }
 
 /// Lets the requests in flight end and makes everything written durable.
@@ -260,8 +260,8 @@ fn delete_all(running: Vec<Running>) -> bool {
             .into_iter()
             .map(|one| scope.spawn(|| one.delete()))
             .collect();
-        let results = deletions.into_iter().map(result_of);
-        results.fold(true, |all, this| all && this)
+        let results: Vec<bool> = deletions.into_iter().map(result_of).collect();
+        !results.contains(&false)
     })
 }
 
