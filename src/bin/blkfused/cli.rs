@@ -10,7 +10,7 @@ use clap::{Parser, ValueEnum};
 use log::LevelFilter;
 
 use crate::failure::{Failure, Result};
-use crate::image::{self, Cache};
+use crate::image::{self, Cache, Source};
 
 /// Shows disk images as regular files, through FUSE.
 ///
@@ -120,7 +120,7 @@ pub struct Config {
 /// An image and where to show it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Pair {
-    pub image: OsString,
+    pub image: Source,
     pub mountpoint: OsString,
 }
 
@@ -136,16 +136,19 @@ impl Arguments {
             return Err(Failure::new("--growable", "a read-only export cannot grow")
                 .advise("add --writable"));
         }
-        let first = self.image.zip(self.mountpoint);
-        let mut exports: Vec<Pair> = first
-            .map(|(image, mountpoint)| Pair { image, mountpoint })
-            .into_iter()
-            .collect();
+        let mut exports = Vec::new();
+        if let Some((image, mountpoint)) = self.image.zip(self.mountpoint) {
+            exports.push((image, mountpoint));
+        }
         for text in &self.exports {
             exports.push(split(text, image::exists, |path| Path::new(path).exists())?);
         }
+        let exports = exports.into_iter().map(|(image, mountpoint)| {
+            let image = Source::parse(image)?;
+            Ok(Pair { image, mountpoint })
+        });
         Ok(Config {
-            exports,
+            exports: exports.collect::<Result<_>>()?,
             options: image::Options {
                 writable: self.writable,
                 growable: self.growable,
@@ -171,19 +174,19 @@ fn split(
     text: &OsStr,
     is_image: impl Fn(&OsStr) -> bool,
     is_mountpoint: impl Fn(&OsStr) -> bool,
-) -> Result<Pair> {
+) -> Result<(OsString, OsString)> {
     let bytes = text.as_bytes();
     let places: Vec<usize> = (1..bytes.len().saturating_sub(1))
         .filter(|at| bytes[*at] == b'=')
         .collect();
     let part = |range: &[u8]| OsString::from_vec(range.to_vec());
-    let pair = |at: usize| Pair {
-        image: part(&bytes[..at]),
-        mountpoint: part(&bytes[at + 1..]),
-    };
-    let mut fitting = places.iter().map(|at| pair(*at)).filter(|pair| {
-        places.len() > 1 && is_image(&pair.image) && is_mountpoint(&pair.mountpoint)
-    });
+    let pair = |at: usize| (part(&bytes[..at]), part(&bytes[at + 1..]));
+    let mut fitting = places
+        .iter()
+        .map(|at| pair(*at))
+        .filter(|(image, mountpoint)| {
+            places.len() > 1 && is_image(image) && is_mountpoint(mountpoint)
+        });
     match (fitting.next(), fitting.next(), places.last()) {
         (Some(pair), None, _) => Ok(pair),
         (None, _, Some(at)) => Ok(pair(*at)),
@@ -215,7 +218,7 @@ mod tests {
 
     fn pair(image: &str, mountpoint: &str) -> Pair {
         Pair {
-            image: image.into(),
+            image: Source::Path(image.into()),
             mountpoint: mountpoint.into(),
         }
     }
@@ -291,19 +294,22 @@ mod tests {
             growable.into_config().unwrap_err().to_string(),
             "--growable: a read-only export cannot grow; add --writable"
         );
+        let size = Arguments::parse_from(["blkfused", "ram:1X", "b"]);
+        assert!(size.into_config().is_err());
     }
 
     #[test]
     fn an_export_is_split_where_both_sides_exist() {
+        let paths = |image: &str, mountpoint: &str| (image.into(), mountpoint.into());
         let split = |text: &str, existing: &[&str]| {
             let exists = |path: &OsStr| existing.iter().any(|other| *other == path);
             split(text.as_ref(), exists, exists)
         };
-        assert_eq!(split("a=b", &[]).unwrap(), pair("a", "b"));
-        assert_eq!(split("a=1=b", &[]).unwrap(), pair("a=1", "b"));
-        assert_eq!(split("a=b=1", &["a", "b=1"]).unwrap(), pair("a", "b=1"));
-        assert_eq!(split("a=b=1", &["a=b", "1"]).unwrap(), pair("a=b", "1"));
-        assert_eq!(split("a==b", &["a=", "b"]).unwrap(), pair("a=", "b"));
+        assert_eq!(split("a=b", &[]).unwrap(), paths("a", "b"));
+        assert_eq!(split("a=1=b", &[]).unwrap(), paths("a=1", "b"));
+        assert_eq!(split("a=b=1", &["a", "b=1"]).unwrap(), paths("a", "b=1"));
+        assert_eq!(split("a=b=1", &["a=b", "1"]).unwrap(), paths("a=b", "1"));
+        assert_eq!(split("a==b", &["a=", "b"]).unwrap(), paths("a=", "b"));
         let ambiguous = split("a=b=c", &["a", "b=c", "a=b", "c"]).unwrap_err();
         assert!(ambiguous.to_string().contains("more than one"));
         for wrong in ["", "=", "a", "a=", "=b"] {
@@ -315,8 +321,8 @@ mod tests {
     #[test]
     fn paths_need_not_be_utf8() {
         let text = OsStr::from_bytes(b"a\xff=b\xfe");
-        let pair = split(text, |_| false, |_| false).unwrap();
-        assert_eq!(pair.image.as_bytes(), b"a\xff");
-        assert_eq!(pair.mountpoint.as_bytes(), b"b\xfe");
+        let (image, mountpoint) = split(text, |_| false, |_| false).unwrap();
+        assert_eq!(image.as_bytes(), b"a\xff");
+        assert_eq!(mountpoint.as_bytes(), b"b\xfe");
     }
 }

@@ -9,7 +9,7 @@ use log::{LevelFilter, warn};
 
 use crate::cli::{Config, Pair};
 use crate::failure::{Failure, Reason, Result};
-use crate::image::Options;
+use crate::image::{Options, Source};
 
 /// What the image begins with.
 const TEXT: &str = "This is the beginning of a disk image. You read it through blkfused.\n";
@@ -51,7 +51,7 @@ impl Demo {
     pub fn config(&self) -> Config {
         Config {
             exports: vec![Pair {
-                image: self.image().into(),
+                image: Source::Path(self.image().into()),
                 mountpoint: self.mountpoint().into(),
             }],
             options: Options {

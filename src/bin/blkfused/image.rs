@@ -1,6 +1,6 @@
 //! Opening what a command line names as an image.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::ffi::OsStrExt;
@@ -66,34 +66,59 @@ impl Image {
     }
 }
 
-/// Opens and locks what `name` stands for: `null:SIZE`, `ram:SIZE`, or a path.
-pub fn open(name: &OsStr, options: Options) -> Result<Image> {
-    if let Some(size) = name.as_bytes().strip_prefix(b"null:") {
-        return Ok(Image::Null(Null::new(parse_size(name, size)?)));
-    }
-    if let Some(size) = name.as_bytes().strip_prefix(b"ram:") {
-        return Ok(Image::Ram(Ram::new(parse_size(name, size)?)));
-    }
-    open_raw(Path::new(name), options).map(Image::Raw)
+/// What a command line can name as an image.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Source {
+    /// `null:SIZE`
+    Null(u64),
+    /// `ram:SIZE`
+    Ram(u64),
+    /// Anything else; `./null:1` is the file of that name.
+    Path(OsString),
 }
+
+impl Source {
+    pub fn parse(name: OsString) -> Result<Self> {
+        for (prefix, source) in MEMORY {
+            if let Some(text) = name.as_bytes().strip_prefix(prefix.as_bytes()) {
+                // What is not UTF-8 becomes something that is no size either.
+                let size = size::parse(&String::from_utf8_lossy(text));
+                return size
+                    .map(source)
+                    .map_err(|reason| Failure::new(name.display(), reason));
+            }
+        }
+        Ok(Self::Path(name))
+    }
+
+    /// Opens it; if it is a file, locks it, too.
+    pub fn open(&self, options: Options) -> Result<Image> {
+        Ok(match self {
+            Self::Null(length) => Image::Null(Null::new(*length)),
+            Self::Ram(length) => Image::Ram(Ram::new(*length)),
+            Self::Path(path) => Image::Raw(open_raw(Path::new(path), options)?),
+        })
+    }
+
+    /// The name that it has in messages and in the mount table.
+    pub fn name(&self) -> &OsStr {
+        match self {
+            Self::Null(_) => "null".as_ref(),
+            Self::Ram(_) => "ram".as_ref(),
+            Self::Path(path) => path,
+        }
+    }
+}
+
+type Prefix = (&'static str, fn(u64) -> Source);
+
+/// What begins the names of all that is no file.
+const MEMORY: [Prefix; 2] = [("null:", Source::Null), ("ram:", Source::Ram)];
 
 /// Whether `name` stands for something that can be opened.
 pub fn exists(name: &OsStr) -> bool {
-    [&b"null:"[..], b"ram:"]
-        .iter()
-        .any(|prefix| name.as_bytes().starts_with(prefix))
-        || Path::new(name).exists()
-}
-
-fn parse_size(name: &OsStr, text: &[u8]) -> Result<u64> {
-    let reason = match std::str::from_utf8(text) {
-        Ok(text) => match size::parse(text) {
-            Ok(size) => return Ok(size),
-            Err(reason) => reason,
-        },
-        Err(_) => "not a size".into(),
-    };
-    Err(Failure::new(name.display(), reason))
+    let is = |(prefix, _): &Prefix| name.as_bytes().starts_with(prefix.as_bytes());
+    MEMORY.iter().any(is) || Path::new(name).exists()
 }
 
 /// All descriptors are opened here, once: the export may be mounted over the
@@ -246,20 +271,24 @@ mod tests {
         ..READ
     };
 
+    fn open(name: impl AsRef<OsStr>, options: Options) -> Result<Image> {
+        Source::parse(name.as_ref().to_owned())?.open(options)
+    }
+
     fn refusal(name: impl AsRef<OsStr>, options: Options) -> String {
-        open(name.as_ref(), options).unwrap_err().to_string()
+        open(name, options).unwrap_err().to_string()
     }
 
     #[test]
     fn memory_devices_have_the_size_they_are_given() {
-        let null = open("null:8G".as_ref(), READ).unwrap();
+        let null = open("null:8G", READ).unwrap();
         assert!(matches!(null, Image::Null(null) if null.length() == 8 << 30));
-        let ram = open("ram:1000001".as_ref(), READ).unwrap();
+        let ram = open("ram:1000001", READ).unwrap();
         assert!(matches!(ram, Image::Ram(ram) if ram.length() == 1_000_001));
         assert!(refusal("ram:64MB", READ).starts_with("ram:64MB: not a size; write"));
         assert!(refusal("null:9E", READ).starts_with("null:9E: too large;"));
-        let odd = OsStr::from_bytes(b"null:\xff");
-        assert!(refusal(odd, READ).ends_with(": not a size"));
+        assert!(refusal(OsStr::from_bytes(b"null:1\xff"), READ).contains("not a size"));
+        assert!(exists("ram:1".as_ref()) && !exists("./ram:1".as_ref()));
     }
 
     #[test]
@@ -268,16 +297,16 @@ mod tests {
         // Not UTF-8, and with an equals sign.
         let path = dir.path().join(OsStr::from_bytes(b"a=\xff.img"));
         std::fs::write(&path, b"raw").unwrap();
-        let first = open(path.as_os_str(), WRITE).unwrap();
+        let first = open(&path, WRITE).unwrap();
         let second = refusal(&path, WRITE);
         assert!(
             second.ends_with(": another process has it open for writing; stop that one first"),
             "{second}"
         );
-        let reader = open(path.as_os_str(), READ).unwrap();
+        let reader = open(&path, READ).unwrap();
         assert!(refusal(&path, WRITE).contains("open for writing"));
         drop((first, reader));
-        open(path.as_os_str(), WRITE).unwrap();
+        open(&path, WRITE).unwrap();
     }
 
     #[test]
@@ -289,7 +318,7 @@ mod tests {
             "disk.img: looks like qcow2; convert it with qemu-img convert -O raw, \
              or say -f raw if it really is raw"
         ));
-        open(path.as_os_str(), Options { raw: true, ..READ }).unwrap();
+        open(&path, Options { raw: true, ..READ }).unwrap();
     }
 
     #[test]

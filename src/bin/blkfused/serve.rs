@@ -19,7 +19,7 @@ use crate::backend::Backend;
 use crate::cli::{Config, Pair};
 use crate::events::{Ending, Events};
 use crate::failure::{Failure, Reason, Result};
-use crate::image::{self, Image};
+use crate::image::Image;
 use crate::passed_fd;
 use crate::signals::Signals;
 use crate::size::Size;
@@ -54,7 +54,7 @@ pub fn serve(config: &Config, signals: &Signals, hints: Option<&str>) -> Result<
     let images = config
         .exports
         .iter()
-        .map(|pair| image::open(&pair.image, config.options))
+        .map(|pair| pair.image.open(config.options))
         .collect::<Result<Vec<_>>>()?;
 
     let mut running: Vec<Option<Running>> = Vec::new();
@@ -102,7 +102,7 @@ fn start(
     events: &Arc<Events>,
     number: usize,
 ) -> Result<(Running, String)> {
-    let name = pair.image.display().to_string();
+    let name = pair.image.name().display().to_string();
     let mountpoint = Path::new(&pair.mountpoint);
     let length = image.length().map_err(|e| Failure::io(&name, &e))?;
     let mode = if config.options.writable {
@@ -119,7 +119,7 @@ fn start(
         .growable(config.options.growable)
         .allow_other(config.allow_other)
         .queues(config.threads)
-        .source(pair.image.clone());
+        .source(pair.image.name());
     let path = mountpoint.display();
     let (builder, line) = match passed_fd::number(mountpoint) {
         Some(fd) => (
