@@ -190,10 +190,7 @@ impl Running {
     fn ended(self, ending: &Ending) -> bool {
         let name = &self.disk.name;
         match ending {
-            Ending::Unmounted => {
-                info!("{name}: unmounted");
-                self.delete()
-            }
+            Ending::Unmounted => self.delete(),
             Ending::Halted(reason) => {
                 error!("{name}: the export has halted: {reason}");
                 self.stop(Stop::Force);
