@@ -1,2 +1,87 @@
-//! blkfused: exports a disk image as a file.
-fn main() {}
+//! blkfused: exports disk images as files.
+
+mod backend;
+mod cli;
+mod demo;
+mod direct;
+mod events;
+mod failure;
+mod image;
+mod lock;
+mod null;
+mod passed_fd;
+mod probe;
+mod ram;
+mod raw;
+mod serve;
+mod signals;
+mod size;
+#[cfg(test)]
+mod testing;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use log::{Level, LevelFilter};
+
+use crate::cli::Config;
+use crate::demo::Demo;
+use crate::failure::{Failure, Result};
+use crate::signals::Signals;
+
+fn main() -> ExitCode {
+    let demo = std::env::args_os().len() <= 1;
+    let config = if demo { None } else { Some(cli::parse()) };
+    match config.transpose() {
+        Err(failure) => {
+            complain(&failure);
+            ExitCode::from(2)
+        }
+        Ok(config) => match run(config) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::FAILURE,
+            Err(failure) => {
+                complain(&failure);
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+/// Does what the configuration says, or the demonstration; true if nothing
+/// went wrong on the way.
+fn run(config: Option<Config>) -> Result<bool> {
+    // Before any thread is started.
+    let signals = Signals::take_over().map_err(|errno| Failure::io("signalfd", &errno.into()))?;
+    match config {
+        Some(config) => {
+            start_log(config.log_level);
+            serve::serve(&config, &signals, None)
+        }
+        None => {
+            let demo = Demo::create()?;
+            let config = demo.config();
+            start_log(config.log_level);
+            serve::serve(&config, &signals, Some(&demo.hints()))
+        }
+    }
+}
+
+/// Puts the log on standard error, in the form of every other message.
+fn start_log(level: LevelFilter) {
+    env_logger::Builder::new()
+        .filter_level(level)
+        .format(|out, record| match record.level() {
+            Level::Error | Level::Info => writeln!(out, "blkfused: {}", record.args()),
+            Level::Warn => writeln!(out, "blkfused: warning: {}", record.args()),
+            Level::Debug | Level::Trace => {
+                writeln!(out, "blkfused: [{}] {}", record.target(), record.args())
+            }
+        })
+        .init();
+}
+
+/// Says what went wrong, if standard error still leads anywhere.
+fn complain(failure: &Failure) {
+    let _ = writeln!(std::io::stderr(), "blkfused: {failure}");
+}

@@ -1,0 +1,126 @@
+//! The driver that an export gets: one of the image drivers, plus the way to
+//! the main thread. All I/O is done at once, in the thread that asks.
+
+use std::io;
+use std::sync::Arc;
+
+use blkfuse::{BlockDriver, Event, Extent, Features, Io, Limits, ReadBuf};
+
+use crate::events::Notifier;
+use crate::image::Image;
+
+/// An image on behalf of an export.
+#[derive(Debug)]
+pub struct Backend {
+    image: Arc<Image>,
+    notifier: Notifier,
+}
+
+impl Backend {
+    pub fn new(image: Arc<Image>, notifier: Notifier) -> Self {
+        Self { image, notifier }
+    }
+}
+
+impl BlockDriver for Backend {
+    fn length(&self) -> io::Result<u64> {
+        self.image.length()
+    }
+
+    fn allocated_size(&self) -> io::Result<Option<u64>> {
+        match &*self.image {
+            Image::Raw(raw) => raw.allocated_size(),
+            Image::Ram(ram) => Ok(Some(ram.allocated_size())),
+            Image::Null(_) => Ok(Some(0)),
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        match &*self.image {
+            Image::Raw(raw) => Limits {
+                block_size: raw.block_size(),
+            },
+            Image::Ram(_) | Image::Null(_) => Limits::default(),
+        }
+    }
+
+    fn features(&self) -> Features {
+        Features {
+            write: true,
+            truncate: match &*self.image {
+                Image::Raw(raw) => raw.can_truncate(),
+                Image::Ram(_) | Image::Null(_) => true,
+            },
+        }
+    }
+
+    async fn read(&self, _: &Io<'_>, buf: &mut ReadBuf<'_>, offset: u64) -> io::Result<()> {
+        match &*self.image {
+            Image::Raw(raw) => raw.read(buf.bytes_mut(), offset)?,
+            Image::Ram(ram) => ram.read(buf.bytes_mut(), offset),
+            Image::Null(_) => buf.zero(),
+        }
+        Ok(())
+    }
+
+    async fn write(&self, _: &Io<'_>, data: &[u8], offset: u64) -> io::Result<()> {
+        match &*self.image {
+            Image::Raw(raw) => raw.write(data, offset),
+            Image::Ram(ram) => ram.write(data, offset),
+            Image::Null(_) => Ok(()),
+        }
+    }
+
+    async fn flush(&self, _: &Io<'_>) -> io::Result<()> {
+        self.image.flush()
+    }
+
+    async fn discard(&self, _: &Io<'_>, offset: u64, bytes: u64) -> io::Result<()> {
+        match &*self.image {
+            Image::Raw(raw) => raw.discard(offset, bytes)?,
+            Image::Ram(ram) => ram.discard(offset, bytes),
+            Image::Null(_) => {}
+        }
+        Ok(())
+    }
+
+    async fn write_zeroes(
+        &self,
+        _: &Io<'_>,
+        offset: u64,
+        bytes: u64,
+        may_unmap: bool,
+    ) -> io::Result<()> {
+        match &*self.image {
+            Image::Raw(raw) => raw.write_zeroes(offset, bytes, may_unmap),
+            Image::Ram(ram) if may_unmap => {
+                ram.discard(offset, bytes);
+                Ok(())
+            }
+            // Memory is allocated by writing to it.
+            Image::Ram(_) => Err(io::ErrorKind::Unsupported.into()),
+            Image::Null(_) => Ok(()),
+        }
+    }
+
+    async fn truncate(&self, _: &Io<'_>, length: u64) -> io::Result<()> {
+        match &*self.image {
+            Image::Raw(raw) => raw.truncate(length)?,
+            Image::Ram(ram) => ram.truncate(length),
+            Image::Null(null) => null.truncate(length),
+        }
+        Ok(())
+    }
+
+    async fn block_status(&self, _: &Io<'_>, offset: u64, bytes: u64) -> io::Result<Extent> {
+        match &*self.image {
+            Image::Raw(raw) => raw.block_status(offset, bytes),
+            Image::Ram(ram) => Ok(ram.block_status(offset, bytes)),
+            Image::Null(null) => Ok(null.block_status(offset, bytes)),
+        }
+    }
+
+    fn event(&self, event: &Event) {
+        self.notifier.notify(event);
+    }
+}

@@ -1,0 +1,328 @@
+//! The command line: what it means, and its help.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
+
+use blkfuse::AllowOther;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Parser, ValueEnum};
+use log::LevelFilter;
+
+use crate::failure::{Failure, Result};
+use crate::image::{self, Cache, Source};
+
+/// Shows disk images as regular files, through FUSE.
+///
+/// blkfused mounts IMAGE over the existing regular file MOUNTPOINT, stays in
+/// the foreground, and ends when it is told to (SIGTERM, SIGINT, SIGHUP) or
+/// when everything it exports was unmounted. Without any arguments it exports
+/// a small image made for the occasion, to look at.
+#[derive(Debug, Parser)]
+#[command(
+    name = "blkfused",
+    version,
+    max_term_width = 100,
+    after_help = "Exit status: 0 after a signal or after somebody else unmounted everything, \
+                  1 after a failure, 2 if the command line is wrong."
+)]
+struct Arguments {
+    /// Disk image to export: a regular file, a block device, `ram:SIZE` (memory) or `null:SIZE`
+    /// (zeroes), where SIZE is like 64M, 8G or 1000001
+    #[arg(
+        value_name = "IMAGE",
+        requires = "mountpoint",
+        required_unless_present = "exports"
+    )]
+    image: Option<OsString>,
+
+    /// Existing regular file to mount the image over (which may be the image itself), or /dev/fd/N
+    /// for an inherited descriptor of an already mounted /dev/fuse
+    #[arg(value_name = "MOUNTPOINT")]
+    mountpoint: Option<OsString>,
+
+    /// Export one more image; may be repeated, and if one fails to start then none stays. Of several
+    /// equals signs the one that separates two existing paths counts, else the last
+    #[arg(long = "export", value_name = "IMAGE=MOUNTPOINT")]
+    exports: Vec<OsString>,
+
+    /// Image format, which is not guessed: without this option an image that looks like anything
+    /// but raw is refused
+    #[arg(short, long, value_enum)]
+    format: Option<Format>,
+
+    /// Allow writing; without this option the export and the image are read-only
+    #[arg(short, long)]
+    writable: bool,
+
+    /// Let writes behind the end, and truncation, change the image's length; needs --writable
+    #[arg(long)]
+    growable: bool,
+
+    /// Let other users open the exported file; auto means if the system permits it
+    #[arg(long, value_name = "WHETHER", value_enum, default_value = "auto")]
+    allow_other: Whether,
+
+    /// Number of threads that serve each export [default: chosen by the number of CPUs]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+
+    /// Whether the image's data goes through the page cache [default: none where the image's file
+    /// system supports it, otherwise writeback]
+    #[arg(long, value_name = "MODE", value_enum)]
+    cache: Option<Cache>,
+
+    /// Whether holes that are punched into the exported file free space in the image
+    #[arg(long, value_name = "WHETHER", value_enum, default_value = "on")]
+    discard: OnOff,
+
+    /// How much to log to standard error
+    #[arg(
+        long,
+        value_name = "LEVEL",
+        default_value = "info",
+        value_parser = PossibleValuesParser::new(["off", "error", "warn", "info", "debug", "trace"])
+            .try_map(|level| level.parse::<LevelFilter>())
+    )]
+    log_level: LevelFilter,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Format {
+    /// The image's bytes are the disk's bytes
+    Raw,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Whether {
+    On,
+    Off,
+    Auto,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OnOff {
+    On,
+    Off,
+}
+
+/// What is to be exported, and how.
+#[derive(Debug)]
+pub struct Config {
+    pub exports: Vec<Pair>,
+    pub options: image::Options,
+    pub allow_other: AllowOther,
+    /// 0: as many as seem right.
+    pub threads: usize,
+    pub log_level: LevelFilter,
+}
+
+/// An image and where to show it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Pair {
+    pub image: Source,
+    pub mountpoint: OsString,
+}
+
+/// Reads the program's command line. Help, and mistakes that need no words of
+/// our own, end the program right here.
+pub fn parse() -> Result<Config> {
+    Arguments::parse().into_config()
+}
+
+impl Arguments {
+    fn into_config(self) -> Result<Config> {
+        if self.growable && !self.writable {
+            return Err(Failure::new("--growable", "a read-only export cannot grow")
+                .advise("add --writable"));
+        }
+        let mut exports = Vec::new();
+        if let Some((image, mountpoint)) = self.image.zip(self.mountpoint) {
+            exports.push((image, mountpoint));
+        }
+        for text in &self.exports {
+            exports.push(split(text, image::exists, |path| Path::new(path).exists())?);
+        }
+        let exports = exports.into_iter().map(|(image, mountpoint)| {
+            let image = Source::parse(image)?;
+            Ok(Pair { image, mountpoint })
+        });
+        Ok(Config {
+            exports: exports.collect::<Result<_>>()?,
+            options: image::Options {
+                writable: self.writable,
+                growable: self.growable,
+                raw: self.format.is_some(),
+                cache: self.cache,
+                discard: self.discard == OnOff::On,
+            },
+            allow_other: match self.allow_other {
+                Whether::On => AllowOther::On,
+                Whether::Off => AllowOther::Off,
+                Whether::Auto => AllowOther::Auto,
+            },
+            threads: self.threads.unwrap_or(0).into(),
+            log_level: self.log_level,
+        })
+    }
+}
+
+/// Splits IMAGE=MOUNTPOINT. Paths may contain equals signs themselves, so of
+/// several the one that has something existing on both sides is taken. If
+/// there is none, the last one is: what is missing is reported later.
+fn split(
+    text: &OsStr,
+    is_image: impl Fn(&OsStr) -> bool,
+    is_mountpoint: impl Fn(&OsStr) -> bool,
+) -> Result<(OsString, OsString)> {
+    let bytes = text.as_bytes();
+    let places: Vec<usize> = (1..bytes.len().saturating_sub(1))
+        .filter(|at| bytes[*at] == b'=')
+        .collect();
+    let part = |range: &[u8]| OsString::from_vec(range.to_vec());
+    let pair = |at: usize| (part(&bytes[..at]), part(&bytes[at + 1..]));
+    let mut fitting = places
+        .iter()
+        .map(|at| pair(*at))
+        .filter(|(image, mountpoint)| {
+            places.len() > 1 && is_image(image) && is_mountpoint(mountpoint)
+        });
+    match (fitting.next(), fitting.next(), places.last()) {
+        (Some(pair), None, _) => Ok(pair),
+        (None, _, Some(at)) => Ok(pair(*at)),
+        (Some(_), Some(_), _) => Err(Failure::new(
+            text.display(),
+            "more than one of its equals signs separates an image from a mountpoint",
+        )
+        .advise("use other paths to them, for example symbolic links")),
+        (None, _, None) => Err(Failure::new(
+            text.display(),
+            "does not name an image and a mountpoint",
+        )
+        .advise("write --export IMAGE=MOUNTPOINT")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn config(arguments: &[&str]) -> Config {
+        let all = [&["blkfused"], arguments].concat();
+        Arguments::try_parse_from(all)
+            .unwrap()
+            .into_config()
+            .unwrap()
+    }
+
+    fn pair(image: &str, mountpoint: &str) -> Pair {
+        Pair {
+            image: Source::Path(image.into()),
+            mountpoint: mountpoint.into(),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn the_defaults_are_safe() {
+        let config = config(&["disk.img", "/mnt/disk"]);
+        assert_eq!(config.exports, [pair("disk.img", "/mnt/disk")]);
+        assert!(!config.options.writable && !config.options.growable && !config.options.raw);
+        assert!(config.options.discard && config.options.cache.is_none());
+        assert_eq!(config.allow_other, AllowOther::Auto);
+        assert_eq!(config.threads, 0);
+        assert_eq!(config.log_level, LevelFilter::Info);
+    }
+
+    #[test]
+    fn all_options_are_understood() {
+        let config = config(&[
+            "-f",
+            "raw",
+            "-w",
+            "--growable",
+            "--allow-other",
+            "off",
+            "--threads",
+            "3",
+            "--cache",
+            "none",
+            "--discard",
+            "off",
+            "--log-level",
+            "debug",
+            "--export",
+            "a=b",
+            "c",
+            "d",
+            "--export",
+            "e=f",
+        ]);
+        assert_eq!(
+            config.exports,
+            [pair("c", "d"), pair("a", "b"), pair("e", "f")]
+        );
+        assert!(config.options.writable && config.options.growable && config.options.raw);
+        assert!(!config.options.discard);
+        assert_eq!(config.options.cache, Some(Cache::None));
+        assert_eq!(config.allow_other, AllowOther::Off);
+        assert_eq!(config.threads, 3);
+        assert_eq!(config.log_level, LevelFilter::Debug);
+    }
+
+    #[test]
+    fn mistakes_are_usage_errors() {
+        for wrong in [
+            &["disk.img"][..],
+            &["-w"],
+            &["a", "b", "c"],
+            &["-f", "qcow2", "a", "b"],
+            &["--threads", "0", "a", "b"],
+            &["--log-level", "loud", "a", "b"],
+        ] {
+            let all = [&["blkfused"], wrong].concat();
+            let error = Arguments::try_parse_from(all).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{wrong:?}");
+        }
+        let growable = Arguments::parse_from(["blkfused", "--growable", "a", "b"]);
+        assert_eq!(
+            growable.into_config().unwrap_err().to_string(),
+            "--growable: a read-only export cannot grow; add --writable"
+        );
+        let size = Arguments::parse_from(["blkfused", "ram:1X", "b"]);
+        assert!(size.into_config().is_err());
+    }
+
+    #[test]
+    fn an_export_is_split_where_both_sides_exist() {
+        let paths = |image: &str, mountpoint: &str| (image.into(), mountpoint.into());
+        let split = |text: &str, existing: &[&str]| {
+            let exists = |path: &OsStr| existing.iter().any(|other| *other == path);
+            split(text.as_ref(), exists, exists)
+        };
+        assert_eq!(split("a=b", &[]).unwrap(), paths("a", "b"));
+        assert_eq!(split("a=1=b", &[]).unwrap(), paths("a=1", "b"));
+        assert_eq!(split("a=b=1", &["a", "b=1"]).unwrap(), paths("a", "b=1"));
+        assert_eq!(split("a=b=1", &["a=b", "1"]).unwrap(), paths("a=b", "1"));
+        assert_eq!(split("a==b", &["a=", "b"]).unwrap(), paths("a=", "b"));
+        let ambiguous = split("a=b=c", &["a", "b=c", "a=b", "c"]).unwrap_err();
+        assert!(ambiguous.to_string().contains("more than one"));
+        for wrong in ["", "=", "a", "a=", "=b"] {
+            let failure = split(wrong, &[]).unwrap_err().to_string();
+            assert!(failure.contains("does not name an image"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn paths_need_not_be_utf8() {
+        let text = OsStr::from_bytes(b"a\xff=b\xfe");
+        let (image, mountpoint) = split(text, |_| false, |_| false).unwrap();
+        assert_eq!(image.as_bytes(), b"a\xff");
+        assert_eq!(mountpoint.as_bytes(), b"b\xfe");
+    }
+}
