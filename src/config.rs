@@ -1,7 +1,7 @@
 //! What an export is asked to be.
 
 use std::ffi::OsString;
-use std::os::fd::OwnedFd;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
@@ -13,10 +13,11 @@ const MOST_QUEUES: usize = 8;
 pub(crate) const QUEUES_LIMIT: u64 = 256;
 
 /// An export's settings before it starts.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Config {
     pub(crate) mountpoint: Option<PathBuf>,
-    pub(crate) fuse_fd: Option<OwnedFd>,
+    /// The number of a descriptor to serve instead of mounting.
+    pub(crate) fuse_fd: Option<RawFd>,
     pub(crate) source: Option<OsString>,
     pub(crate) writable: bool,
     pub(crate) growable: bool,

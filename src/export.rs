@@ -6,7 +6,7 @@
 //! unmounts each hold one, and when the last is gone the driver is dropped.
 
 use std::ffi::OsString;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
@@ -29,6 +29,7 @@ use crate::protocol::{Agreement, Offer};
 use crate::queue::{BUDGET, Progress, Queue};
 use crate::stats::{AllStats, Stats};
 use crate::task::Task;
+use crate::transport::Transport;
 use crate::wakeups::Wakeups;
 
 /// The largest READ and WRITE asked for, in bytes.
@@ -70,14 +71,16 @@ pub enum State {
 #[derive(Debug)]
 pub struct Builder<D> {
     driver: D,
-    pub(crate) config: Config,
+    config: Config,
+    device: Option<OwnedFd>,
 }
 
 impl<D: BlockDriver> Builder<D> {
-    pub(crate) fn new(driver: D) -> Self {
+    pub(crate) fn new(driver: D, config: Config) -> Self {
         Self {
             driver,
-            config: Config::default(),
+            config,
+            device: None,
         }
     }
 
@@ -92,7 +95,8 @@ impl<D: BlockDriver> Builder<D> {
     /// descriptor whose INIT nobody has read. The mount then is theirs to
     /// undo; the export's end leaves it dead.
     pub fn fuse_fd(mut self, device: OwnedFd) -> Self {
-        self.config.fuse_fd = Some(device);
+        self.config.fuse_fd = Some(device.as_raw_fd());
+        self.device = Some(device);
         self
     }
 
@@ -133,7 +137,7 @@ impl<D: BlockDriver> Builder<D> {
     /// Must not be called by a thread that must answer for the driver before
     /// [`BlockDriver::length`] or [`BlockDriver::queue_start`] can return.
     pub fn start(self) -> Result<Export> {
-        start(self.driver, self.config)
+        start(self.driver, self.config, self.device)
     }
 }
 
@@ -154,7 +158,6 @@ struct Shared {
     control: Arc<Control>,
     file: Arc<File>,
     stats: Arc<AllStats>,
-    config: Config,
     agreement: Agreement,
     /// The connection's first descriptor; closed with the last queue, which
     /// ends the connection.
@@ -184,7 +187,7 @@ struct Connection {
     agreement: Agreement,
 }
 
-fn start<D: BlockDriver>(driver: D, mut config: Config) -> Result<Export> {
+fn start<D: BlockDriver>(driver: D, config: Config, device: Option<OwnedFd>) -> Result<Export> {
     let gone = Arc::new(Latch::default());
     let driver = Arc::new(Owned::new(driver, gone.clone()));
     config.check()?;
@@ -194,8 +197,7 @@ fn start<D: BlockDriver>(driver: D, mut config: Config) -> Result<Export> {
     let control = Control::new(config.name(), driver.clone(), queues);
     let length = control.driver_length()?;
 
-    let fuse_fd = config.fuse_fd.take();
-    let connection = connect(&config, fuse_fd, queues)?;
+    let connection = connect(&config, device, queues)?;
     let policy = FilePolicy {
         writable: config.writable,
         growable: config.growable,
@@ -208,7 +210,6 @@ fn start<D: BlockDriver>(driver: D, mut config: Config) -> Result<Export> {
         control: Arc::new(control),
         file: Arc::new(File::new(policy, length, queues)),
         stats: Arc::new(AllStats::new(queues)),
-        config,
         agreement: connection.agreement,
         device: Mutex::new(Some(connection.device)),
         mount: OnceLock::new(),
@@ -420,7 +421,7 @@ impl<D: BlockDriver> QueueStarter<D> {
             .map_err(|e| Error::from_io("cannot watch /dev/fuse", &e.into()))?;
         let info = QueueInfo {
             index,
-            slots: legacy::SLOTS,
+            slots: transport.slots(),
         };
         let mut started = Err(Error::new(
             libc::ENOTRECOVERABLE,
@@ -438,7 +439,7 @@ impl<D: BlockDriver> QueueStarter<D> {
             stats: shared.stats.clone(),
             queue: index,
         });
-        let tasks = (0..legacy::SLOTS)
+        let tasks = (0..info.slots)
             .map(|slot| {
                 Task::new(wakeups.waker(slot), |mailbox| {
                     serve(device.clone(), slot, mailbox)
@@ -487,7 +488,7 @@ impl Shared {
 impl Export {
     /// Begins to describe an export of `driver`.
     pub fn builder<D: BlockDriver>(driver: D) -> Builder<D> {
-        Builder::new(driver)
+        Builder::new(driver, Config::default())
     }
 
     /// Asks for the end. Whatever `how` is, requests in flight are answered
@@ -499,9 +500,7 @@ impl Export {
     pub fn stop(&self, how: Stop) -> Result<()> {
         let shared = &self.shared;
         let control = &shared.control;
-        if how == Stop::IfIdle
-            && control.phase() == Phase::Serving
-            && shared.file.open_count() > 0
+        if how == Stop::IfIdle && control.phase() == Phase::Serving && shared.file.open_count() > 0
         {
             let text = format!("{}: the file is open", control.name);
             return Err(Error::new(libc::EBUSY, text));
@@ -564,6 +563,8 @@ impl Export {
 
     /// Undoes a start that failed late.
     fn abandon(mut self) {
+        // Nothing was attached, so there is nothing to unmount.
+        self.shared.unmounting.store(true, SeqCst);
         self.shared.control.advance(Phase::Closed);
         join(std::mem::take(&mut self.threads));
     }
@@ -625,9 +626,7 @@ impl Export {
 
     /// What has been done so far.
     pub fn stats(&self) -> Stats {
-        self.shared
-            .stats
-            .sum(self.shared.control.requests.count())
+        self.shared.stats.sum(self.shared.control.requests.count())
     }
 
     /// Where the export is in its life.
@@ -657,11 +656,6 @@ impl Export {
     /// Whether the caller is inside a callback of this export.
     pub(crate) fn is_dispatching(&self) -> bool {
         self.shared.control.is_dispatching()
-    }
-
-    /// What the export was asked to be.
-    pub(crate) fn config(&self) -> &Config {
-        &self.shared.config
     }
 
     /// The minor version of the protocol spoken.

@@ -1,5 +1,6 @@
 //! blkfuse presents a block device as a regular file through FUSE.
 
+mod capi;
 mod config;
 mod control;
 mod driver;
@@ -10,6 +11,7 @@ mod gate;
 mod legacy;
 mod mount;
 mod operations;
+mod properties;
 mod protocol;
 mod queue;
 mod request;

@@ -90,7 +90,6 @@ pub(crate) mod set {
     pub(crate) const SIZE: u32 = 1 << 3;
     pub(crate) const ATIME: u32 = 1 << 4;
     pub(crate) const MTIME: u32 = 1 << 5;
-    pub(crate) const FH: u32 = 1 << 6;
     pub(crate) const ATIME_NOW: u32 = 1 << 7;
     pub(crate) const MTIME_NOW: u32 = 1 << 8;
     pub(crate) const CTIME: u32 = 1 << 10;
@@ -128,7 +127,6 @@ abi! {
         map_alignment: u16, flags2: u32, max_stack_depth: u32, request_timeout: u16,
         unused: [u16; 11],
     }
-    GetattrIn { getattr_flags: u32, dummy: u32, fh: u64 }
     Attr {
         ino: u64, size: u64, blocks: u64, atime: u64, mtime: u64, ctime: u64,
         atimensec: u32, mtimensec: u32, ctimensec: u32, mode: u32, nlink: u32, uid: u32,

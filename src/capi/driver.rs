@@ -1,0 +1,509 @@
+//! The table of C callbacks as a block driver.
+
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::io;
+use std::sync::{Arc, OnceLock};
+
+use super::error::invalid;
+use super::request::{BLKFUSE_PENDING, CRequest, blkfuse_extent, blkfuse_request};
+use crate::config::QUEUES_LIMIT;
+use crate::driver::{BlockDriver, Event, Extent, Features, Io, Limits, QueueInfo, ReadBuf};
+use crate::error::{Error, Result};
+
+/// The version of struct blkfuse_driver_ops that this header describes.
+pub const BLKFUSE_API_VERSION: u32 = 1;
+
+/// write_zeroes: the range's storage may be given back.
+pub const BLKFUSE_MAY_UNMAP: u32 = 1;
+/// struct blkfuse_extent: nothing is stored there; it reads as zeroes.
+pub const BLKFUSE_EXTENT_HOLE: u32 = 1;
+
+/// The file can be used.
+pub const BLKFUSE_EVENT_STARTED: u32 = 1;
+/// The export has given up: requests in flight are still answered, others
+/// fail. `error` and `message` say why. The host should delete it.
+pub const BLKFUSE_EVENT_HALTED: u32 = 2;
+/// Somebody else unmounted the file. The host should delete the export.
+pub const BLKFUSE_EVENT_UNMOUNTED: u32 = 3;
+
+/// What a device prefers. Grows only at its end.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct blkfuse_limits {
+    /// sizeof(struct blkfuse_limits) as the library knows it; a host must not
+    /// touch members beyond it.
+    pub struct_size: usize,
+    /// The preferred size of one I/O in bytes, shown as st_blksize: a power of
+    /// two of at least 512. Preset to 4096.
+    pub block_size: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+/// A block driver: what the host implements.
+///
+/// Fill in by blkfuse_driver_ops_init() or BLKFUSE_DRIVER_OPS_INIT and set what
+/// the device can do; `length` and `read` are required, everything else may be
+/// NULL. The struct grows only at its end, and the library copies it.
+///
+/// Threads: callbacks are called from the threads of all queues at once; those
+/// of one queue come one after the other. They should not block for long: a
+/// queue serves nothing else meanwhile.
+///
+/// Data callbacks (read to block_status) return 0 for success, which means all
+/// of it; a negative errno; or BLKFUSE_PENDING, after which the host calls
+/// blkfuse_request_complete() exactly once. If they did not return
+/// BLKFUSE_PENDING `request` is not valid any more. Buffers stay valid until
+/// the request is completed, and are page-aligned. `flags` are 0 unless a
+/// callback says otherwise; a callback that finds a flag it does not know must
+/// fail with -ENOTSUP.
+///
+/// Any callback may call any function, except where that one says otherwise.
+/// A callback must not unwind (C++ exceptions) or longjmp through the library.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct blkfuse_driver_ops {
+    /// sizeof(struct blkfuse_driver_ops) as the host knows it.
+    pub struct_size: usize,
+    /// BLKFUSE_API_VERSION as the host knows it.
+    pub api_version: u32,
+    /// Bytes of blkfuse_request_ctx() that the host wants with each request;
+    /// at most 1 MiB.
+    pub request_ctx_size: u32,
+
+    /// The device's length in bytes, or a negative errno. Required. Called by
+    /// blkfuse_export_start() and blkfuse_export_resized().
+    pub length: Option<unsafe extern "C" fn(opaque: *mut c_void) -> i64>,
+    /// The bytes of storage that the device really occupies (st_blocks), or a
+    /// negative errno; -ENOTSUP, or NULL: all of the length.
+    pub allocated_size: Option<unsafe extern "C" fn(opaque: *mut c_void) -> i64>,
+    /// Changes what is not as preset in `*limits`. Called by
+    /// blkfuse_export_start().
+    pub limits: Option<unsafe extern "C" fn(opaque: *mut c_void, limits: *mut blkfuse_limits)>,
+
+    /// Reads `bytes` at `offset`, which lie within the length, into `buffer`,
+    /// whose content is undefined before. Required.
+    pub read: Option<
+        unsafe extern "C" fn(
+            opaque: *mut c_void,
+            request: *mut blkfuse_request,
+            buffer: *mut c_void,
+            offset: u64,
+            bytes: u64,
+            flags: u32,
+        ) -> c_int,
+    >,
+    /// Writes `bytes` at `offset`, which lie within the length. NULL: the
+    /// export cannot be writable.
+    pub write: Option<
+        unsafe extern "C" fn(
+            opaque: *mut c_void,
+            request: *mut blkfuse_request,
+            buffer: *const c_void,
+            offset: u64,
+            bytes: u64,
+            flags: u32,
+        ) -> c_int,
+    >,
+    /// Makes durable everything that was written before. NULL: nothing is to
+    /// be done for that.
+    pub flush: Option<
+        unsafe extern "C" fn(
+            opaque: *mut c_void,
+            request: *mut blkfuse_request,
+            flags: u32,
+        ) -> c_int,
+    >,
+    /// Gives the range's storage back; afterwards it must read as zeroes. NULL
+    /// or -ENOTSUP: write_zeroes with BLKFUSE_MAY_UNMAP is tried.
+    pub discard: Option<
+        unsafe extern "C" fn(
+            opaque: *mut c_void,
+            request: *mut blkfuse_request,
+            offset: u64,
+            bytes: u64,
+            flags: u32,
+        ) -> c_int,
+    >,
+    /// Makes the range read as zeroes. Unless `flags` has BLKFUSE_MAY_UNMAP,
+    /// its storage stays, or becomes, allocated. NULL or -ENOTSUP: zeroes are
+    /// written.
+    pub write_zeroes: Option<
+        unsafe extern "C" fn(
+            opaque: *mut c_void,
+            request: *mut blkfuse_request,
+            offset: u64,
+            bytes: u64,
+            flags: u32,
+        ) -> c_int,
+    >,
+    /// Sets the length. What is cut off is gone; what is added reads as
+    /// zeroes. One at a time, and no write, discard or zeroing is in flight
+    /// when the length becomes smaller. NULL: the export cannot be growable,
+    /// and clients cannot truncate.
+    pub truncate: Option<
+        unsafe extern "C" fn(
+            opaque: *mut c_void,
+            request: *mut blkfuse_request,
+            length: u64,
+            flags: u32,
+        ) -> c_int,
+    >,
+    /// Stores in `*extent` what is at `offset`: it starts there, and may be
+    /// longer or shorter than `bytes`. NULL or -ENOTSUP: everything counts as
+    /// data.
+    pub block_status: Option<
+        unsafe extern "C" fn(
+            opaque: *mut c_void,
+            request: *mut blkfuse_request,
+            offset: u64,
+            bytes: u64,
+            extent: *mut blkfuse_extent,
+            flags: u32,
+        ) -> c_int,
+    >,
+
+    /// Queue `queue` (from 0) begins to serve; called on its thread before
+    /// anything else of it. May store a pointer in `*queue_ctx`. Returns 0 or
+    /// a negative errno, which makes the start fail.
+    pub queue_start: Option<
+        unsafe extern "C" fn(opaque: *mut c_void, queue: u32, queue_ctx: *mut *mut c_void) -> c_int,
+    >,
+    /// The queue has ended; called on its thread, once for each queue_start
+    /// that returned 0.
+    pub queue_stop:
+        Option<unsafe extern "C" fn(opaque: *mut c_void, queue: u32, queue_ctx: *mut c_void)>,
+    /// Requests will follow on this queue: their submission may be held back
+    /// until batch_end.
+    pub batch_begin:
+        Option<unsafe extern "C" fn(opaque: *mut c_void, queue: u32, queue_ctx: *mut c_void)>,
+    /// The batch is over.
+    pub batch_end:
+        Option<unsafe extern "C" fn(opaque: *mut c_void, queue: u32, queue_ctx: *mut c_void)>,
+
+    /// In a drain, the number of requests in flight has become 0.
+    pub idle: Option<unsafe extern "C" fn(opaque: *mut c_void)>,
+    /// Something has happened: BLKFUSE_EVENT_*. From any thread. `error` is 0
+    /// or a negative errno, `message` a sentence or "", valid in the call.
+    pub event: Option<
+        unsafe extern "C" fn(opaque: *mut c_void, event: u32, error: c_int, message: *const c_char),
+    >,
+    /// The export has gone; no callback is running or will follow. Called
+    /// once for each successful blkfuse_export_create().
+    pub deleted: Option<unsafe extern "C" fn(opaque: *mut c_void)>,
+}
+
+/// The most that a host may want with each request.
+const REQUEST_CTX_LIMIT: u32 = 1 << 20;
+
+/// A host's driver for one start of its export.
+pub(super) struct CDriver {
+    queues: Box<[OnceLock<CQueue>]>,
+    host: Arc<Host>,
+}
+
+/// What the host gave; its last owner tells it that the export has gone.
+struct Host {
+    ops: blkfuse_driver_ops,
+    opaque: *mut c_void,
+}
+
+/// What the host has for one queue.
+struct CQueue {
+    ctx: *mut c_void,
+    requests: Box<[CRequest]>,
+}
+
+// SAFETY: the host promises that its callbacks can be called from any thread
+// with its pointer, which is only ever handed to them.
+unsafe impl Send for Host {}
+// SAFETY: as above, from several threads at once.
+unsafe impl Sync for Host {}
+// SAFETY: as for the host: the pointer is only handed to callbacks.
+unsafe impl Send for CQueue {}
+// SAFETY: as above.
+unsafe impl Sync for CQueue {}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if let Some(deleted) = self.ops.deleted {
+            // SAFETY: the host's callback with the host's pointer; the last
+            // one, since this is the last owner.
+            unsafe { deleted(self.opaque) };
+        }
+    }
+}
+
+/// The least table: up to and with what is required.
+const LEAST_SIZE: usize =
+    std::mem::offset_of!(blkfuse_driver_ops, read) + size_of::<Option<unsafe extern "C" fn()>>();
+
+impl CDriver {
+    /// Copies a host's table.
+    ///
+    /// # Safety
+    /// `ops` is NULL or points to `struct_size` bytes of a table, whose
+    /// callbacks do what they promise with `opaque`.
+    pub(super) unsafe fn new(ops: *const blkfuse_driver_ops, opaque: *mut c_void) -> Result<Self> {
+        if ops.is_null() {
+            return Err(invalid("the driver's table is NULL"));
+        }
+        let full = size_of::<blkfuse_driver_ops>();
+        // SAFETY: the caller promises a table, which has at least its size.
+        let given = unsafe { (&raw const (*ops).struct_size).read() };
+        if given < LEAST_SIZE {
+            let text = format!("the driver's table has {given} bytes, and needs {LEAST_SIZE}");
+            return Err(invalid(&text));
+        }
+        let known = given.min(full);
+        let mut copy = std::mem::MaybeUninit::<blkfuse_driver_ops>::zeroed();
+        // SAFETY: both sides have `known` bytes. All zeroes is a valid table
+        // (NULL callbacks), and so is the host's beginning of one.
+        let copy = unsafe {
+            copy.as_mut_ptr()
+                .cast::<u8>()
+                .copy_from_nonoverlapping(ops.cast(), known);
+            copy.assume_init()
+        };
+        if copy.api_version == 0 || copy.api_version > BLKFUSE_API_VERSION {
+            let text = format!(
+                "the driver's table is of API version {}; this library knows {BLKFUSE_API_VERSION}",
+                copy.api_version
+            );
+            return Err(Error::new(libc::ENOTSUP, text));
+        }
+        // SAFETY: the caller promises `given` bytes.
+        let unknown =
+            unsafe { std::slice::from_raw_parts(ops.cast::<u8>().add(known), given - known) };
+        if unknown.iter().any(|byte| *byte != 0) {
+            let text = "the driver's table has callbacks that this library does not know";
+            return Err(Error::new(libc::E2BIG, text));
+        }
+        if copy.length.is_none() || copy.read.is_none() {
+            return Err(invalid("a driver needs the callbacks length and read"));
+        }
+        if copy.request_ctx_size > REQUEST_CTX_LIMIT {
+            return Err(invalid("request_ctx_size is more than 1 MiB"));
+        }
+        Ok(Self::of(Arc::new(Host { ops: copy, opaque })))
+    }
+
+    fn of(host: Arc<Host>) -> Self {
+        Self {
+            queues: (0..QUEUES_LIMIT).map(|_| OnceLock::new()).collect(),
+            host,
+        }
+    }
+
+    /// The same host's driver, for another start.
+    pub(super) fn again(&self) -> Self {
+        Self::of(self.host.clone())
+    }
+
+    fn request(&self, io: &Io<'_>) -> &CRequest {
+        let queue = self.queues[io.queue()].get();
+        &queue.expect("a queue starts before it serves").requests[io.slot()]
+    }
+
+    fn queue_ctx(&self, queue: usize) -> *mut c_void {
+        self.queues[queue]
+            .get()
+            .map_or(std::ptr::null_mut(), |q| q.ctx)
+    }
+}
+
+fn unsupported() -> io::Error {
+    io::ErrorKind::Unsupported.into()
+}
+
+/// A size, or the negative errno that a callback returned in its place.
+fn size_of_device(value: i64) -> io::Result<u64> {
+    u64::try_from(value).map_err(|_| {
+        let errno = i32::try_from(-value).unwrap_or(libc::EIO);
+        io::Error::from_raw_os_error(errno)
+    })
+}
+
+fn status(result: c_int) -> io::Result<()> {
+    match result {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno.wrapping_neg())),
+    }
+}
+
+// SAFETY, for all calls of callbacks below: the host promises by
+// blkfuse_export_create() that the callbacks in its table can be called with
+// its pointer, from the threads they are called from, and with what their
+// descriptions say. Buffers are a slot's payload, which is neither moved nor
+// used by anybody else until the request's future has ended, and it ends only
+// when the host has completed the request.
+impl BlockDriver for CDriver {
+    fn length(&self) -> io::Result<u64> {
+        let length = self.host.ops.length.ok_or_else(unsupported)?;
+        // SAFETY: see above.
+        size_of_device(unsafe { length(self.host.opaque) })
+    }
+
+    fn allocated_size(&self) -> io::Result<Option<u64>> {
+        let Some(allocated_size) = self.host.ops.allocated_size else {
+            return Ok(None);
+        };
+        // SAFETY: see above.
+        match unsafe { allocated_size(self.host.opaque) } {
+            value if value == -i64::from(libc::ENOTSUP) => Ok(None),
+            value => size_of_device(value).map(Some),
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        let mut limits = blkfuse_limits {
+            struct_size: size_of::<blkfuse_limits>(),
+            block_size: Limits::default().block_size,
+            reserved: 0,
+        };
+        if let Some(callback) = self.host.ops.limits {
+            // SAFETY: see above; the struct is a live local.
+            unsafe { callback(self.host.opaque, &mut limits) };
+        }
+        Limits {
+            block_size: limits.block_size,
+        }
+    }
+
+    fn features(&self) -> Features {
+        Features {
+            write: self.host.ops.write.is_some(),
+            truncate: self.host.ops.truncate.is_some(),
+        }
+    }
+
+    async fn read(&self, io: &Io<'_>, buf: &mut ReadBuf<'_>, offset: u64) -> io::Result<()> {
+        let callback = self.host.ops.read.ok_or_else(unsupported)?;
+        let bytes = buf.bytes_mut();
+        let (buffer, len) = (bytes.as_mut_ptr().cast(), bytes.len() as u64);
+        let request = self.request(io);
+        // SAFETY: see above.
+        let call = |name, _| unsafe { callback(self.host.opaque, name, buffer, offset, len, 0) };
+        request.run(call).await
+    }
+
+    async fn write(&self, io: &Io<'_>, data: &[u8], offset: u64) -> io::Result<()> {
+        let callback = self.host.ops.write.ok_or_else(unsupported)?;
+        let (buffer, len) = (data.as_ptr().cast(), data.len() as u64);
+        let request = self.request(io);
+        // SAFETY: see above.
+        let call = |name, _| unsafe { callback(self.host.opaque, name, buffer, offset, len, 0) };
+        request.run(call).await
+    }
+
+    async fn flush(&self, io: &Io<'_>) -> io::Result<()> {
+        let Some(callback) = self.host.ops.flush else {
+            return Ok(());
+        };
+        // SAFETY: see above.
+        let call = |name, _| unsafe { callback(self.host.opaque, name, 0) };
+        self.request(io).run(call).await
+    }
+
+    async fn discard(&self, io: &Io<'_>, offset: u64, bytes: u64) -> io::Result<()> {
+        let callback = self.host.ops.discard.ok_or_else(unsupported)?;
+        // SAFETY: see above.
+        let call = |name, _| unsafe { callback(self.host.opaque, name, offset, bytes, 0) };
+        self.request(io).run(call).await
+    }
+
+    async fn write_zeroes(
+        &self,
+        io: &Io<'_>,
+        offset: u64,
+        bytes: u64,
+        may_unmap: bool,
+    ) -> io::Result<()> {
+        let callback = self.host.ops.write_zeroes.ok_or_else(unsupported)?;
+        let flags = if may_unmap { BLKFUSE_MAY_UNMAP } else { 0 };
+        // SAFETY: see above.
+        let call = |name, _| unsafe { callback(self.host.opaque, name, offset, bytes, flags) };
+        self.request(io).run(call).await
+    }
+
+    async fn truncate(&self, io: &Io<'_>, length: u64) -> io::Result<()> {
+        let callback = self.host.ops.truncate.ok_or_else(unsupported)?;
+        // SAFETY: see above.
+        let call = |name, _| unsafe { callback(self.host.opaque, name, length, 0) };
+        self.request(io).run(call).await
+    }
+
+    async fn block_status(&self, io: &Io<'_>, offset: u64, bytes: u64) -> io::Result<Extent> {
+        let callback = self.host.ops.block_status.ok_or_else(unsupported)?;
+        let request = self.request(io);
+        // SAFETY: see above; the extent is the request's own, and the host's
+        // until the request is completed.
+        let call =
+            |name, extent| unsafe { callback(self.host.opaque, name, offset, bytes, extent, 0) };
+        request.run(call).await?;
+        let extent = request.extent();
+        Ok(Extent {
+            bytes: extent.bytes,
+            hole: extent.flags & BLKFUSE_EXTENT_HOLE != 0,
+        })
+    }
+
+    fn queue_start(&self, queue: QueueInfo) -> io::Result<()> {
+        let mut ctx = std::ptr::null_mut();
+        if let Some(queue_start) = self.host.ops.queue_start {
+            // SAFETY: see above; the place is a live local.
+            status(unsafe { queue_start(self.host.opaque, queue.index as u32, &mut ctx) })?;
+        }
+        let size = self.host.ops.request_ctx_size as usize;
+        let requests = (0..queue.slots).map(|_| CRequest::new(ctx, size)).collect();
+        let fresh = CQueue { ctx, requests };
+        let place = &self.queues[queue.index];
+        place.set(fresh).map_err(|_| io::ErrorKind::ResourceBusy)?;
+        Ok(())
+    }
+
+    fn queue_stop(&self, queue: usize) {
+        if let Some(queue_stop) = self.host.ops.queue_stop {
+            // SAFETY: see above.
+            unsafe { queue_stop(self.host.opaque, queue as u32, self.queue_ctx(queue)) };
+        }
+    }
+
+    fn batch_begin(&self, queue: usize) {
+        if let Some(batch_begin) = self.host.ops.batch_begin {
+            // SAFETY: see above.
+            unsafe { batch_begin(self.host.opaque, queue as u32, self.queue_ctx(queue)) };
+        }
+    }
+
+    fn batch_end(&self, queue: usize) {
+        if let Some(batch_end) = self.host.ops.batch_end {
+            // SAFETY: see above.
+            unsafe { batch_end(self.host.opaque, queue as u32, self.queue_ctx(queue)) };
+        }
+    }
+
+    fn idle(&self) {
+        if let Some(idle) = self.host.ops.idle {
+            // SAFETY: see above.
+            unsafe { idle(self.host.opaque) };
+        }
+    }
+
+    fn event(&self, event: &Event) {
+        let Some(callback) = self.host.ops.event else {
+            return;
+        };
+        let (code, errno, text) = match event {
+            Event::Started => (BLKFUSE_EVENT_STARTED, 0, ""),
+            Event::Halted { errno, message } => (BLKFUSE_EVENT_HALTED, *errno, message.as_str()),
+            Event::Unmounted => (BLKFUSE_EVENT_UNMOUNTED, 0, ""),
+        };
+        let text: Vec<u8> = text.bytes().filter(|b| *b != 0).collect();
+        let text = CString::new(text).unwrap_or_default();
+        // SAFETY: see above; the text lives through the call.
+        unsafe { callback(self.host.opaque, code, -errno, text.as_ptr()) };
+    }
+}
+
+const _: () = assert!(BLKFUSE_PENDING > 0, "0 and negative values are results");

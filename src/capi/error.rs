@@ -1,0 +1,37 @@
+//! How a function of the C API fails: a negative errno, and a message for its
+//! thread.
+
+use std::cell::RefCell;
+use std::ffi::{CString, c_char, c_int};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::control::panic_message;
+use crate::error::{Error, Result};
+
+thread_local! {
+    static MESSAGE: RefCell<CString> = RefCell::default();
+}
+
+/// Runs the body of a function; an error or a panic in it becomes a negative
+/// errno and this thread's message.
+pub(super) fn guard(body: impl FnOnce() -> Result<c_int>) -> c_int {
+    let outcome = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
+        let text = format!("a defect in blkfuse: {}", panic_message(&*panic));
+        Err(Error::new(libc::ENOTRECOVERABLE, text))
+    });
+    outcome.unwrap_or_else(|error| {
+        let text: Vec<u8> = error.message().bytes().filter(|b| *b != 0).collect();
+        let text = CString::new(text).unwrap_or_default();
+        MESSAGE.with_borrow_mut(|message| *message = text);
+        -error.errno()
+    })
+}
+
+/// This thread's message.
+pub(super) fn failed() -> *const c_char {
+    MESSAGE.with_borrow(|message| message.as_ptr())
+}
+
+pub(super) fn invalid(text: &str) -> Error {
+    Error::new(libc::EINVAL, text)
+}
