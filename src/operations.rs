@@ -54,8 +54,8 @@ pub(crate) async fn serve<D: BlockDriver>(
             io: Io::new(device.queue, index),
         };
         let decoded = decode(
-            &slot.header(),
-            &slot.head.operation,
+            &slot.header,
+            &slot.operation,
             slot.payload_len(),
             slot.capacity(),
         );
