@@ -476,12 +476,28 @@ impl Shared {
 
     /// Takes the file away, then has the queues end.
     fn unmount(&self, how: Unmount) {
-        if let Some(mount) = self.mount.get()
-            && let Err(error) = mount.unmount(how)
-        {
-            log::warn!("{}: {error}", self.control.name);
+        if let Some(mount) = self.mount.get() {
+            let open = self.to_be_written_back(how).then(|| mount.open_file());
+            if let Err(error) = mount.unmount(how) {
+                log::warn!("{}: {error}", self.control.name);
+            }
+            if let Some(file) = open.flatten()
+                && let Err(errno) = nix::unistd::syncfs(&file)
+            {
+                let name = &self.control.name;
+                log::warn!("{name}: mapped memory was not written back: {errno}");
+            }
         }
         self.control.advance(Phase::Closed);
+    }
+
+    /// Whether clients may have changed mapped memory that nobody has written
+    /// back: closing the file does that, but the export ends before.
+    fn to_be_written_back(&self, how: Unmount) -> bool {
+        how == Unmount::Lazy
+            && self.control.phase() == Phase::Stopping
+            && self.file.policy.writable
+            && self.file.open_count() > 0
     }
 }
 
