@@ -138,7 +138,11 @@ impl<D: BlockDriver> Request<'_, D> {
         slot.reply = Reply::Payload(0);
         match operation {
             Operation::Read { offset, size } => self.read(slot, offset, size).await,
-            Operation::Write { offset, size } => self.write(slot, offset, size).await,
+            Operation::Write {
+                offset,
+                size,
+                durable,
+            } => self.write(slot, offset, size, durable).await,
             Operation::Getattr => self.attributes(slot),
             Operation::Setattr(setattr) => self.setattr(slot, &setattr).await,
             Operation::Open { flags } => self.open(slot, flags).await,
@@ -180,7 +184,7 @@ impl<D: BlockDriver> Request<'_, D> {
         Ok(len as u64)
     }
 
-    async fn write(&self, slot: &mut Slot, offset: u64, size: usize) -> Outcome {
+    async fn write(&self, slot: &mut Slot, offset: u64, size: usize, durable: bool) -> Outcome {
         self.check_writable()?;
         let (change, len) = self.begin_write(offset, size).await?;
         let data = &slot.data()[..len];
@@ -188,6 +192,9 @@ impl<D: BlockDriver> Request<'_, D> {
         drop(change);
         result.map_err(|e| answerable(&e))?;
         self.file().touch(self.device.queue);
+        if durable {
+            self.flush().await?;
+        }
         slot.answer_with(&WriteOut {
             size: len as u32,
             padding: 0,
