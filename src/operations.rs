@@ -307,7 +307,7 @@ impl<D: BlockDriver> Request<'_, D> {
         if valid(others) {
             self.file().change(&changes)?;
         }
-        if valid(set::SIZE) {
+        if valid(set::SIZE) && !self.file().is_false_rollback(setattr.size) {
             self.truncate(setattr.size).await?;
         }
         self.attributes(slot)
@@ -319,8 +319,12 @@ impl<D: BlockDriver> Request<'_, D> {
         if writes || empties {
             self.check_writable()?;
         }
-        if empties && self.file().policy.growable {
-            self.truncate(0).await?;
+        if empties {
+            if self.file().policy.growable {
+                self.truncate(0).await?;
+            } else {
+                self.file().truncation_ignored();
+            }
         }
         self.file().opened();
         slot.answer_with(&OpenOut {
