@@ -32,6 +32,9 @@ pub(crate) struct FilePolicy {
 pub(crate) struct File {
     pub(crate) policy: FilePolicy,
     length: AtomicU64,
+    /// How far the content reaches. Less than the length while writes that
+    /// have made the file longer are under way.
+    reached: AtomicU64,
     /// Held while the length is changed.
     pub(crate) resizing: async_lock::Mutex<()>,
     /// What changes the image's content passes here; shrinking closes it.
@@ -101,6 +104,7 @@ impl File {
         Self {
             policy,
             length: AtomicU64::new(length),
+            reached: AtomicU64::new(length),
             resizing: async_lock::Mutex::new(()),
             changes: Gate::new(queues),
             open_count: AtomicU64::new(0),
@@ -125,7 +129,25 @@ impl File {
 
     /// The driver's length is this now.
     pub(crate) fn set_length(&self, length: u64) {
+        self.reached.store(length, Relaxed);
         self.length.store(length, Release);
+    }
+
+    /// The driver's length is this now, so that a write has room.
+    pub(crate) fn make_room(&self, length: u64) {
+        self.length.store(length, Release);
+    }
+
+    /// A write up to `end` has succeeded.
+    pub(crate) fn written(&self, end: u64) {
+        if end > self.reached.load(Relaxed) {
+            self.reached.fetch_max(end, Relaxed);
+        }
+    }
+
+    /// How far the content reaches; exact while no write is under way.
+    pub(crate) fn reached(&self) -> u64 {
+        self.reached.load(Relaxed)
     }
 
     /// `queue` has changed the content.

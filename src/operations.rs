@@ -189,8 +189,14 @@ impl<D: BlockDriver> Request<'_, D> {
         let (change, len) = self.begin_write(offset, size).await?;
         let data = &slot.data()[..len];
         let result = self.driver().write(&self.io, data, offset).await;
+        if result.is_ok() {
+            self.file().written(offset + len as u64);
+        }
         drop(change);
-        result.map_err(|e| answerable(&e))?;
+        if let Err(e) = result {
+            self.take_back_room().await;
+            return Err(answerable(&e));
+        }
         self.file().touch(self.device.queue);
         if durable {
             self.flush().await?;
@@ -230,9 +236,31 @@ impl<D: BlockDriver> Request<'_, D> {
     async fn grow(&self, end: u64) -> Result<(), Errno> {
         let _resizing = self.file().resizing.lock().await;
         if end > self.file().length() {
-            self.set_length(end).await?;
+            let result = self.driver().truncate(&self.io, end).await;
+            result.map_err(|e| answerable(&e))?;
+            self.file().make_room(end);
         }
         Ok(())
+    }
+
+    /// After a write has failed: gives back what room was made for writes and
+    /// none has filled, so that an append which failed leaves no zeroes. The
+    /// kernel does that by itself, but only for asynchronous writes.
+    async fn take_back_room(&self) {
+        let file = self.file();
+        if file.reached() >= file.length() {
+            return;
+        }
+        let _resizing = file.resizing.lock().await;
+        let _alone = Alone::begin(file).await;
+        let reached = file.reached();
+        if reached >= file.length() {
+            return;
+        }
+        match self.driver().truncate(&self.io, reached).await {
+            Ok(()) => file.set_length(reached),
+            Err(e) => log::error!("cannot take back the growth to {} bytes: {e}", file.length()),
+        }
     }
 
     /// Tells the driver its new length. The caller holds `resizing`.
@@ -369,7 +397,9 @@ impl<D: BlockDriver> Request<'_, D> {
         let result = self.driver().truncate(&self.io, end).await;
         result.map_err(|e| answerable(&e))?;
         if let Err(errno) = self.zero_now(slot, offset.max(old), end, false).await {
-            // Nobody has seen the new length yet, so nothing is cut off.
+            // Nobody has seen the new length yet, so nothing is cut off; but
+            // the driver may rely on nothing being written meanwhile.
+            let _alone = Alone::begin(self.file()).await;
             if let Err(e) = self.driver().truncate(&self.io, old).await {
                 log::error!("cannot take back the growth to {end} bytes: {e}");
                 self.file().set_length(end);
