@@ -37,8 +37,9 @@ pub(crate) struct File {
     reached: AtomicU64,
     /// Held while the length is changed.
     pub(crate) resizing: async_lock::Mutex<()>,
-    /// What changes the image's content passes here; shrinking closes it.
-    pub(crate) changes: Gate,
+    /// What reads or changes the image's content passes here; shrinking
+    /// closes it.
+    pub(crate) uses: Gate,
     open_count: AtomicU64,
     /// An open with O_TRUNC has had the kernel believe that the file is empty,
     /// which it is not, and no attributes have put that right yet.
@@ -106,7 +107,7 @@ impl File {
             length: AtomicU64::new(length),
             reached: AtomicU64::new(length),
             resizing: async_lock::Mutex::new(()),
-            changes: Gate::new(queues),
+            uses: Gate::new(queues),
             open_count: AtomicU64::new(0),
             believed_empty: AtomicBool::new(false),
             mode: AtomicU32::new(if policy.writable { 0o600 } else { 0o400 }),
