@@ -261,7 +261,10 @@ impl<D: BlockDriver> Request<'_, D> {
         }
         match self.driver().truncate(&self.io, reached).await {
             Ok(()) => file.set_length(reached),
-            Err(e) => log::error!("cannot take back the growth to {} bytes: {e}", file.length()),
+            Err(e) => log::error!(
+                "cannot take back the growth to {} bytes: {e}",
+                file.length()
+            ),
         }
     }
 

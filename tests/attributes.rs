@@ -151,7 +151,13 @@ fn times_can_be_set_and_a_later_write_moves_them_again() {
             assert_eq!(file.metadata().unwrap().accessed().unwrap(), accessed);
         }
         let before = SystemTime::now();
-        assert!(Command::new("touch").arg(&m.path).status().unwrap().success());
+        assert!(
+            Command::new("touch")
+                .arg(&m.path)
+                .status()
+                .unwrap()
+                .success()
+        );
         assert!(fresh_times(&file).0 >= before);
         assert_eq!(size(&file), 10_000);
     });
@@ -244,13 +250,8 @@ fn foreign_ioctls_are_refused_as_by_a_plain_file() {
             let mut room = [0u64; 64];
             // SAFETY: the argument points to more room than any of these
             // uses, should one be carried out after all.
-            let result = unsafe {
-                libc::ioctl(
-                    file.as_raw_fd(),
-                    request as libc::Ioctl,
-                    room.as_mut_ptr(),
-                )
-            };
+            let result =
+                unsafe { libc::ioctl(file.as_raw_fd(), request as libc::Ioctl, room.as_mut_ptr()) };
             let error = io::Error::last_os_error().raw_os_error();
             assert_eq!((result, error), (-1, Some(libc::ENOTTY)), "{request:#x}");
             assert_eq!(room, [0; 64]);

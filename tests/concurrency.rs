@@ -17,7 +17,8 @@ fn two_hundred_descriptors_at_once() {
             .map(|i| m.open_with(true, if i % 2 == 0 { 0 } else { libc::O_DIRECT }))
             .collect();
         for (i, file) in files.iter().enumerate() {
-            file.write_all_at(&[i as u8; 5000], i as u64 * 5000).unwrap();
+            file.write_all_at(&[i as u8; 5000], i as u64 * 5000)
+                .unwrap();
         }
         for (i, file) in files.iter().rev().enumerate() {
             let mut back = [0; 5000];

@@ -34,7 +34,8 @@ fn a_write_at_the_end_grows_by_its_length() {
                 assert!(m.driver.bytes() == model);
             }
             // Across the end.
-            file.write_all_at(&[7; 100], model.len() as u64 - 60).unwrap();
+            file.write_all_at(&[7; 100], model.len() as u64 - 60)
+                .unwrap();
             assert_eq!(size(&file), model.len() as u64 + 40);
             assert_eq!(m.driver.bytes()[model.len() - 60..], [7; 100]);
         }

@@ -65,10 +65,7 @@ fn any_offset_and_length() {
             for offset in OFFSETS {
                 for len in LENGTHS {
                     let what = format!("{len} bytes at {offset}");
-                    assert!(
-                        read(&file, offset, len) == expected(offset, len),
-                        "{what}"
-                    );
+                    assert!(read(&file, offset, len) == expected(offset, len), "{what}");
                 }
             }
         }

@@ -378,7 +378,10 @@ fn a_read_only_file_can_be_changed_by_nobody() {
         assert!([libc::EBADF, libc::EINVAL].contains(&errno(file.set_len(0))));
         assert_eq!(errno(fallocate(&file, 0, 0, 20_000)), libc::EBADF);
         assert_eq!(errno(file.write_at(b"x", 0)), libc::EBADF);
-        assert_eq!(errno(File::open(&m.path).unwrap().write_at(b"x", 0)), libc::EBADF);
+        assert_eq!(
+            errno(File::open(&m.path).unwrap().write_at(b"x", 0)),
+            libc::EBADF
+        );
         // SAFETY: nothing is mapped, since that must fail.
         let map = unsafe { MmapMut::map_mut(&file) };
         assert_eq!(errno(map), libc::EACCES);
