@@ -105,8 +105,9 @@ pub trait BlockDriver: Send + Sync + 'static {
     }
 
     /// Sets the length, in bytes. What is cut off is gone; what is added
-    /// reads as zeroes. Called by one request at a time, while no write,
-    /// discard or zeroing is in flight if the length becomes smaller.
+    /// reads as zeroes. Called by one request at a time; while no other data
+    /// method but [`flush`](Self::flush) is in flight if the length becomes
+    /// smaller.
     fn truncate(&self, io: &Io<'_>, length: u64) -> impl Future<Output = io::Result<()>> {
         async { unsupported() }
     }

@@ -4,7 +4,7 @@
 //! Every queue counts its own passages in a cache line of its own, so passing
 //! costs no memory that two queues share. Closing is rare and pays for it.
 //! A drain is a gate around whole requests; shrinking the image is a gate
-//! around the operations that change it.
+//! around the operations that use its content.
 //!
 //! Ordering: who enters counts itself and then looks whether the gate is
 //! closed; who closes marks the gate and then looks at the counts. All four

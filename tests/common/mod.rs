@@ -17,6 +17,9 @@ use blkfuse::{BlockDriver, Builder, Event, Export, Extent, Features, Io, Limits,
 use nix::mount::{MntFlags, umount2};
 use tempfile::TempDir;
 
+pub mod client;
+pub mod sparse;
+
 /// How long a test may take before its connection is aborted.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long tests wait for something that should happen at once.
