@@ -391,6 +391,10 @@ impl<D: BlockDriver> QueueStarter<D> {
             log::warn!("a queue's thread cannot block signals: {errno}");
         }
         let (shared, index) = (self.shared.clone(), self.index);
+        let control = shared.control.clone();
+        // All of this thread's calls of the driver are callbacks, not only
+        // those in a dispatch.
+        let _marked = control.dispatching();
         let queue = self.open();
         let outcome = queue.as_ref().map(drop).map_err(Error::clone);
         // The receiver is gone only if the start has failed already.
