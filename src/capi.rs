@@ -7,6 +7,8 @@
 
 mod driver;
 mod error;
+#[cfg(test)]
+mod layout;
 mod log;
 mod request;
 mod stats;
