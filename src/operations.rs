@@ -18,6 +18,7 @@ use crate::control::{Owned, panic_message};
 use crate::driver::{BlockDriver, Extent, Io};
 use crate::error::errno_of;
 use crate::file::{Changes, File, NewTime};
+use crate::gate::Entry;
 use crate::protocol::{
     AttrOut, LseekOut, MAX_LENGTH, OpenOut, SetattrIn, StatfsOut, WriteOut, open_flag, set,
 };
@@ -559,7 +560,7 @@ impl<D: BlockDriver> Request<'_, D> {
     /// file does not shrink.
     async fn begin_use(&self) -> Use<'_> {
         let (file, queue) = (self.file(), self.device.queue);
-        while !file.uses.try_enter(queue) {
+        while file.uses.try_enter(queue) != Entry::Inside {
             // Who closed the gate holds this lock until it is open again.
             drop(file.resizing.lock().await);
         }

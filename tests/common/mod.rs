@@ -45,6 +45,16 @@ pub fn skip(reason: &str) {
     eprintln!("SKIPPED: {reason}");
 }
 
+/// Where Cargo has put the package's C libraries: beside the test programs.
+pub fn library_dir() -> PathBuf {
+    let program = std::env::current_exe().unwrap();
+    let dir = program.parent().unwrap().to_owned();
+    for library in ["libblkfuse.so", "libblkfuse.a"] {
+        assert!(dir.join(library).exists(), "no {library} in {dir:?}");
+    }
+    dir
+}
+
 /// Waits until `condition` holds; panics if it does not soon.
 pub fn eventually(what: &str, condition: impl FnMut() -> bool) {
     within(SOON, what, condition);
