@@ -432,8 +432,9 @@ fn the_examples_use_memory_rightly() {
         let mut command = Command::new("valgrind");
         command
             .args(["-q", "--error-exitcode=99", "--leak-check=full"])
+            .args(["--show-leak-kinds=definite,indirect"])
             .args(["--errors-for-leak-kinds=definite,indirect"])
-            .args(["--fair-sched=yes", "--sim-hints=fuse-compatible"])
+            .arg("--fair-sched=yes")
             .arg(program);
         try_example(&workshop, &mut command, PATIENCE, name == "async");
     }
