@@ -404,12 +404,10 @@ pub unsafe extern "C" fn blkfuse_export_start(export: *mut blkfuse_export) -> c_
 /// `export` must be a live export or NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blkfuse_export_drain_begin(export: *mut blkfuse_export) -> c_int {
-    // SAFETY: the caller's promise.
     guard(|| {
-        unsafe { export_ref(export) }?
-            .started()?
-            .drain_begin()
-            .map(|()| 0)
+        // SAFETY: the caller's promise.
+        let export = unsafe { export_ref(export) }?.started()?;
+        export.drain_begin().map(|()| 0)
     })
 }
 
@@ -421,12 +419,10 @@ pub unsafe extern "C" fn blkfuse_export_drain_begin(export: *mut blkfuse_export)
 /// `export` must be a live export or NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blkfuse_export_drain_poll(export: *mut blkfuse_export) -> c_int {
-    // SAFETY: the caller's promise.
     guard(|| {
-        Ok(unsafe { export_ref(export) }?
-            .started()?
-            .drain_poll()
-            .into())
+        // SAFETY: the caller's promise.
+        let export = unsafe { export_ref(export) }?.started()?;
+        Ok(export.drain_poll().into())
     })
 }
 
@@ -437,12 +433,10 @@ pub unsafe extern "C" fn blkfuse_export_drain_poll(export: *mut blkfuse_export) 
 /// `export` must be a live export or NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blkfuse_export_drain_end(export: *mut blkfuse_export) -> c_int {
-    // SAFETY: the caller's promise.
     guard(|| {
-        unsafe { export_ref(export) }?
-            .started()?
-            .drain_end()
-            .map(|()| 0)
+        // SAFETY: the caller's promise.
+        let export = unsafe { export_ref(export) }?.started()?;
+        export.drain_end().map(|()| 0)
     })
 }
 
@@ -475,12 +469,10 @@ pub unsafe extern "C" fn blkfuse_export_drain(
 /// `export` must be a live export or NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn blkfuse_export_resized(export: *mut blkfuse_export) -> c_int {
-    // SAFETY: the caller's promise.
     guard(|| {
-        unsafe { export_ref(export) }?
-            .started()?
-            .resized()
-            .map(|()| 0)
+        // SAFETY: the caller's promise.
+        let export = unsafe { export_ref(export) }?.started()?;
+        export.resized().map(|()| 0)
     })
 }
 

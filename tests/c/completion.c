@@ -114,17 +114,23 @@ static void later(void)
 {
     struct blkfuse_driver_ops ops = memory_ops();
     struct blkfuse_export *export_;
+    struct blkfuse_request *stale;
     struct client client, second;
     int fd, before;
 
     ops.read = told_read;
     export_ = started(&ops, NULL);
     fd = open_file(O_RDWR);
+    manner = SYNC;
+    expect(fd, 0);
+    stale = last.request;
     manner = LATER;
 
     before = flag_get(&calls);
     client_start(&client, fd, false, 8192);
     flag_wait(&calls, before + 1);
+    /* An older request's name is not that of this one, in whatever slot. */
+    REFUSED(blkfuse_request_complete(stale, -EIO), EALREADY);
     CHECK(complete_last(0) == 0);
     REFUSED(blkfuse_request_complete(last.request, -EIO), EALREADY);
     client_join(&client);

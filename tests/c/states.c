@@ -132,7 +132,7 @@ static void after_the_start(void)
     REFUSED(blkfuse_export_set_u64(export_, "queues", 2), EBUSY);
     REFUSED(blkfuse_export_set_str(export_, "source", "x"), EBUSY);
     REFUSED(blkfuse_export_drain_end(export_), EINVAL);
-    REFUSED(blkfuse_export_stop(export_, 1 << 31), EINVAL);
+    REFUSED(blkfuse_export_stop(export_, 1u << 31), EINVAL);
     REFUSED(blkfuse_export_stop(export_, BLKFUSE_STOP_FORCE | BLKFUSE_STOP_IF_IDLE), EINVAL);
     CHECK(blkfuse_export_get_str(export_, "state", text, sizeof(text)) > 0);
     CHECK(strcmp(text, "started") == 0);

@@ -1,0 +1,441 @@
+//! C and C++ programs against the built libraries: the examples, and one
+//! program for each group of things a host can do wrong, on real mounts.
+
+mod common;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use common::{SOON, Watchdog, eventually, is_mounted, pattern, skip, within};
+use tempfile::TempDir;
+
+/// How long valgrind may take to start a program.
+const PATIENCE: Duration = Duration::from_secs(50);
+const C: &str = "-std=c99";
+const CXX: &str = "-std=c++17";
+/// What libblkfuse.a needs besides the C library, as
+/// `rustc --print native-static-libs` says.
+const NATIVE: [&str; 6] = ["-lgcc_s", "-lutil", "-lrt", "-lpthread", "-lm", "-ldl"];
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Linking {
+    Shared,
+    Static,
+}
+
+/// Where programs are built and run.
+struct Workshop {
+    dir: TempDir,
+}
+
+impl Workshop {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let library = common::library_dir().join("libblkfuse.so");
+        for name in ["libblkfuse.so", "libblkfuse.so.0"] {
+            symlink(&library, dir.path().join(name)).unwrap();
+        }
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().canonicalize().unwrap().join(name)
+    }
+
+    /// Compiles `source` of the package; `None` if there is no such compiler.
+    fn build(
+        &self,
+        compiler: &str,
+        standard: &str,
+        source: &str,
+        linking: Linking,
+    ) -> Option<PathBuf> {
+        let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let name = Path::new(source).file_stem().unwrap().to_str().unwrap();
+        let program = self.path(&format!("{name}-{compiler}-{linking:?}"));
+        let mut command = Command::new(compiler);
+        command
+            .args([standard, "-pedantic", "-Wall", "-Wextra", "-Werror", "-g"])
+            .arg("-I")
+            .arg(package.join("include"))
+            .args(["-x", if standard == CXX { "c++" } else { "c" }])
+            .arg(package.join(source))
+            .args(["-x", "none", "-o"])
+            .arg(&program);
+        match linking {
+            Linking::Shared => command
+                .arg("-L")
+                .arg(self.dir.path())
+                .arg(format!("-Wl,-rpath,{}", self.dir.path().display()))
+                .args(["-lblkfuse", "-lpthread", "-ldl"]),
+            Linking::Static => command
+                .arg(common::library_dir().join("libblkfuse.a"))
+                .args(NATIVE),
+        };
+        let Ok(output) = command.output() else {
+            skip(&format!("there is no {compiler}"));
+            return None;
+        };
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{command:?}: {errors}");
+        Some(program)
+    }
+
+    /// An empty file to be mounted over.
+    fn mountpoint(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        File::create(&path).unwrap();
+        path
+    }
+}
+
+/// A program that runs; killed and waited for if the test fails before.
+struct Running {
+    child: Child,
+    lines: mpsc::Receiver<String>,
+}
+
+impl Running {
+    fn start(command: &mut Command) -> Self {
+        let spawned = command.stdout(Stdio::piped()).spawn();
+        let mut child = spawned.unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        let output = BufReader::new(child.stdout.take().unwrap());
+        let (send, lines) = mpsc::channel();
+        // Ends with the program's output.
+        thread::spawn(move || {
+            for line in output.lines().map_while(Result::ok) {
+                let _ = send.send(line);
+            }
+        });
+        Self { child, lines }
+    }
+
+    /// Waits for the next line that it prints.
+    fn line(&self, limit: Duration) -> String {
+        self.lines
+            .recv_timeout(limit)
+            .expect("the program prints a line")
+    }
+
+    fn signal(&self, number: i32) {
+        // SAFETY: kill touches no memory; the child was not waited for yet,
+        // so its number is still its own.
+        let result = unsafe { libc::kill(self.child.id() as i32, number) };
+        assert_eq!(result, 0);
+    }
+
+    fn status(&mut self, limit: Duration) -> ExitStatus {
+        let mut status = None;
+        within(limit, "the program ends", || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        status.unwrap()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let _ = self.child.kill();
+            // Its connection ends with it, so it does not stay in the kernel.
+            let _ = self.child.wait();
+        }
+    }
+}
+
+fn fallocate(file: &File, mode: i32, offset: i64, len: i64) {
+    // SAFETY: fallocate touches no memory.
+    let result = unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
+fn seek(file: &File, offset: i64, whence: i32) -> i64 {
+    // SAFETY: lseek touches no memory.
+    unsafe { libc::lseek(file.as_raw_fd(), offset, whence) }
+}
+
+/// Runs an example, uses its disk, and ends it with SIGTERM.
+fn try_example(workshop: &Workshop, command: &mut Command, limit: Duration, asynchronous: bool) {
+    let path = workshop.mountpoint("disk");
+    let watchdog = Watchdog::new(&path);
+    command.arg(&path);
+    for queues in ["1", "4"] {
+        eprintln!("{command:?} {queues}");
+        let mut running = Running::start(
+            Command::new(command.get_program())
+                .args(command.get_args())
+                .arg(queues),
+        );
+        let first = running.line(limit);
+        assert!(first.contains("is a disk of 64 MiB"), "{first}");
+        assert!(is_mounted(&path));
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 64 << 20);
+        for (offset, len) in [(0, 1), (511, 4098), (1 << 20, 3 << 20), ((64 << 20) - 7, 7)] {
+            let data = pattern(offset, len);
+            file.write_all_at(&data, offset as u64).unwrap();
+            let mut back = vec![0; len];
+            file.read_exact_at(&mut back, offset as u64).unwrap();
+            assert!(back == data, "{len} bytes at {offset}");
+        }
+        file.flush().unwrap();
+        file.sync_all().unwrap();
+        fallocate(
+            &file,
+            libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+            1 << 20,
+            1 << 20,
+        );
+        fallocate(&file, libc::FALLOC_FL_ZERO_RANGE, 2 << 20, 4096);
+        let mut back = vec![1; (1 << 20) + 4097];
+        file.read_exact_at(&mut back, 1 << 20).unwrap();
+        let (zeroes, rest) = back.split_at((1 << 20) + 4096);
+        assert!(zeroes.iter().all(|byte| *byte == 0));
+        assert_eq!(rest, pattern((2 << 20) + 4096, 1));
+        if asynchronous {
+            assert_eq!(seek(&file, 1 << 20, libc::SEEK_HOLE), 1 << 20);
+            assert_eq!(seek(&file, 1 << 20, libc::SEEK_DATA), 2 << 20);
+            drain_under_load(&running, &file, limit);
+        }
+        drop(file);
+        running.signal(libc::SIGTERM);
+        let status = running.status(limit);
+        assert!(status.success(), "{status}");
+        assert!(!is_mounted(&path));
+    }
+    drop(watchdog);
+}
+
+/// Has the example drain itself while clients read and write.
+fn drain_under_load(running: &Running, file: &File, limit: Duration) {
+    thread::scope(|scope| {
+        let (stop, stopped) = mpsc::channel::<()>();
+        let client = scope.spawn(move || {
+            let data = pattern(0, 8192);
+            while stopped.try_recv() == Err(mpsc::TryRecvError::Empty) {
+                file.write_all_at(&data, 8 << 20).unwrap();
+                let mut back = vec![0; data.len()];
+                file.read_exact_at(&mut back, 8 << 20).unwrap();
+                assert!(back == data);
+            }
+        });
+        for _ in 0..5 {
+            running.signal(libc::SIGUSR1);
+            let line = running.line(limit);
+            assert!(line.starts_with("drained after"), "{line}");
+        }
+        drop(stop);
+        client.join().unwrap();
+    });
+}
+
+/// Runs a program that tests by itself and ends with 0 if all is well.
+fn try_test(workshop: &Workshop, program: &Path, more: &[&Path]) {
+    let path = workshop.mountpoint("disk");
+    let watchdog = Watchdog::new(&path);
+    for queues in ["1", "4"] {
+        eprintln!("{} {queues}", program.display());
+        let mut running = Running::start(Command::new(program).arg(&path).arg(queues).args(more));
+        // Its own watchdog comes first.
+        let status = running.status(PATIENCE);
+        assert!(status.success(), "{} {queues}: {status}", program.display());
+        assert!(!is_mounted(&path), "{} stayed mounted", path.display());
+    }
+    drop(watchdog);
+}
+
+/// Builds and runs one file of tests/c, both ways of linking.
+fn c_test(name: &str) {
+    let workshop = Workshop::new();
+    for (compiler, linking) in [("gcc", Linking::Shared), ("clang", Linking::Static)] {
+        let source = format!("tests/c/{name}.c");
+        if let Some(program) = workshop.build(compiler, C, &source, linking) {
+            try_test(&workshop, &program, &[]);
+        }
+    }
+}
+
+#[test]
+fn arguments_are_checked() {
+    c_test("arguments");
+}
+
+#[test]
+fn calls_at_the_wrong_time_are_refused_and_failed_starts_can_be_repeated() {
+    c_test("states");
+}
+
+#[test]
+fn requests_end_once_whenever_and_wherever_they_are_completed() {
+    c_test("completion");
+}
+
+#[test]
+fn callbacks_cannot_wait_for_themselves() {
+    c_test("reentrancy");
+}
+
+#[test]
+fn the_log_goes_where_it_was_sent() {
+    c_test("log");
+}
+
+#[test]
+fn drains_under_load_end_by_the_idle_hook() {
+    c_test("drain");
+}
+
+#[test]
+fn a_cxx_host_works() {
+    let workshop = Workshop::new();
+    for (compiler, linking) in [("g++", Linking::Shared), ("clang++", Linking::Static)] {
+        if let Some(program) = workshop.build(compiler, CXX, "tests/c/host.cpp", linking) {
+            try_test(&workshop, &program, &[]);
+        }
+    }
+}
+
+#[test]
+fn the_library_can_be_loaded_and_unloaded() {
+    let workshop = Workshop::new();
+    // Linked with nothing: whatever is used comes from dlopen().
+    let Some(program) = workshop.build("gcc", C, "tests/c/dynamic.c", Linking::Shared) else {
+        return;
+    };
+    let library = workshop.path("libblkfuse.so.0");
+    try_test(&workshop, &program, &[&library]);
+}
+
+#[test]
+fn the_header_stands_alone_and_can_be_included_twice() {
+    let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("include");
+    for (compiler, language, standard) in [
+        ("gcc", "c", "-std=c99"),
+        ("gcc", "c", "-std=c17"),
+        ("clang", "c", "-std=c99"),
+        ("g++", "c++", "-std=c++11"),
+        ("g++", "c++", "-std=c++17"),
+        ("clang++", "c++", "-std=c++17"),
+    ] {
+        for text in [
+            "#include <blkfuse.h>\n",
+            "#include <blkfuse.h>\n#include <blkfuse.h>\n",
+            "#include <blkfuse.h>\n#if BLKFUSE_VERSION < 1\n#error none\n#endif\n",
+        ] {
+            let spawned = Command::new(compiler)
+                .args([standard, "-pedantic", "-Wall", "-Wextra", "-Werror"])
+                .args(["-fsyntax-only", "-x", language, "-", "-I"])
+                .arg(&include)
+                .stdin(Stdio::piped())
+                .spawn();
+            let Ok(mut child) = spawned else {
+                skip(&format!("there is no {compiler}"));
+                continue;
+            };
+            let mut input = child.stdin.take().unwrap();
+            input.write_all(text.as_bytes()).unwrap();
+            drop(input);
+            let status = child.wait().unwrap();
+            assert!(status.success(), "{compiler} {standard}: {text}");
+        }
+    }
+}
+
+fn example(name: &str) {
+    let workshop = Workshop::new();
+    for (compiler, standard, linking) in [
+        ("gcc", C, Linking::Shared),
+        ("gcc", C, Linking::Static),
+        ("clang", C, Linking::Shared),
+        ("clang", C, Linking::Static),
+        ("g++", CXX, Linking::Shared),
+        ("clang++", CXX, Linking::Static),
+    ] {
+        let source = format!("c-examples/{name}.c");
+        if let Some(program) = workshop.build(compiler, standard, &source, linking) {
+            let mut command = Command::new(program);
+            try_example(&workshop, &mut command, SOON, name == "async");
+        }
+    }
+}
+
+#[test]
+fn the_ramdisk_example_works() {
+    example("ramdisk");
+}
+
+#[test]
+fn the_async_example_works() {
+    example("async");
+}
+
+#[test]
+fn the_examples_say_what_is_wrong() {
+    let workshop = Workshop::new();
+    for name in ["ramdisk", "async"] {
+        let source = format!("c-examples/{name}.c");
+        let Some(program) = workshop.build("gcc", C, &source, Linking::Shared) else {
+            return;
+        };
+        let run = |args: &[&str]| Command::new(&program).args(args).output().unwrap();
+        assert_eq!(run(&[]).status.code(), Some(2));
+        let output = run(&["/nonexistent/disk"]);
+        assert_eq!(output.status.code(), Some(1));
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(text.contains("/nonexistent/disk"), "{text}");
+        assert_eq!(run(&["/nonexistent/disk", "many"]).status.code(), Some(1));
+    }
+}
+
+#[test]
+fn the_async_example_ends_when_its_file_is_unmounted_from_outside() {
+    let workshop = Workshop::new();
+    let Some(program) = workshop.build("gcc", C, "c-examples/async.c", Linking::Shared) else {
+        return;
+    };
+    let path = workshop.mountpoint("disk");
+    let _watchdog = Watchdog::new(&path);
+    let mut running = Running::start(Command::new(program).arg(&path));
+    running.line(SOON);
+    nix::mount::umount2(&path, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    assert!(running.status(SOON).success());
+    eventually("the file is the old one", || {
+        fs::metadata(&path).is_ok_and(|m| m.len() == 0)
+    });
+}
+
+/// Runs the examples under valgrind. A program that is its own client cannot
+/// run so: valgrind lets one of its threads run at a time.
+#[test]
+fn the_examples_use_memory_rightly() {
+    let workshop = Workshop::new();
+    if Command::new("valgrind").arg("--version").output().is_err() {
+        return skip("there is no valgrind");
+    }
+    for name in ["ramdisk", "async"] {
+        let source = format!("c-examples/{name}.c");
+        let Some(program) = workshop.build("gcc", C, &source, Linking::Shared) else {
+            return;
+        };
+        let mut command = Command::new("valgrind");
+        command
+            .args(["-q", "--error-exitcode=99", "--leak-check=full"])
+            .args(["--show-leak-kinds=definite,indirect"])
+            .args(["--errors-for-leak-kinds=definite,indirect"])
+            .arg("--fair-sched=yes")
+            .arg(program);
+        try_example(&workshop, &mut command, PATIENCE, name == "async");
+    }
+}
