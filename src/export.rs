@@ -642,8 +642,18 @@ impl Export {
     /// [`BlockDriver::length`] and tells the kernel. When this returns,
     /// clients see the new length.
     pub fn resized(&self) -> Result<()> {
-        let length = self.shared.control.driver_length()?;
-        self.shared.file.set_length(length);
+        let control = &self.shared.control;
+        let mut length = control.driver_length()?;
+        loop {
+            self.shared.file.set_length(length);
+            // A client's truncation may have come between the look and the
+            // note; then what was noted is old.
+            let again = control.driver_length()?;
+            if again == length {
+                break;
+            }
+            length = again;
+        }
         if let Some(device) = &*self.shared.device.lock() {
             legacy::notify_resized(device.as_fd(), length);
         }

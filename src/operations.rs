@@ -238,12 +238,27 @@ impl<D: BlockDriver> Request<'_, D> {
     /// Makes the file at least `end` bytes long; never shrinks it.
     async fn grow(&self, end: u64) -> Result<(), Errno> {
         let _resizing = self.file().resizing.lock().await;
-        if end > self.file().length() {
-            let result = self.driver().truncate(&self.io, end).await;
-            result.map_err(|e| answerable(&e))?;
-            self.file().make_room(end);
+        if end <= self.file().length() {
+            return Ok(());
         }
+        if end <= self.present_length()? {
+            return Ok(());
+        }
+        let result = self.driver().truncate(&self.io, end).await;
+        result.map_err(|e| answerable(&e))?;
+        self.file().make_room(end);
         Ok(())
+    }
+
+    /// The length, after a look at the driver: the host may have made the
+    /// device longer and not said so yet, and to truncate it to less than that
+    /// would cut its bytes off. The caller holds `resizing`.
+    fn present_length(&self) -> Result<u64, Errno> {
+        let present = self.driver().length().map_err(|e| answerable(&e))?;
+        if present > self.file().length() {
+            self.file().set_length(present);
+        }
+        Ok(self.file().length())
     }
 
     /// After a write has failed: gives back what room was made for writes and
@@ -397,10 +412,10 @@ impl<D: BlockDriver> Request<'_, D> {
     /// `offset` or the old end on. If there is no space the length stays.
     async fn allocate(&self, slot: &mut Slot, offset: u64, end: u64) -> Result<(), Errno> {
         let _resizing = self.file().resizing.lock().await;
-        let old = self.file().length();
-        if end <= old {
+        if end <= self.file().length() || end <= self.present_length()? {
             return Ok(());
         }
+        let old = self.file().length();
         let result = self.driver().truncate(&self.io, end).await;
         result.map_err(|e| answerable(&e))?;
         if let Err(errno) = self.zero_now(slot, offset.max(old), end, false).await {

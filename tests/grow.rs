@@ -341,3 +341,18 @@ fn writes_inside_go_on_while_a_growing_one_is_held_up() {
         assert_eq!(m.driver.bytes()[200_000..], *b"growing");
     });
 }
+
+#[test]
+fn growth_does_not_cut_off_what_the_host_has_added_silently() {
+    for_queues(|queues| {
+        let m = Mounted::growable(4096, queues);
+        let file = m.open(true);
+        // The host makes the device longer, and has not called resized() yet.
+        m.driver.set_bytes(pattern(0, 100_000));
+        file.write_all_at(b"later", 50_000).unwrap();
+        let mut expected = pattern(0, 100_000);
+        expected[50_000..50_005].copy_from_slice(b"later");
+        assert_eq!(m.driver.bytes(), expected);
+        assert_eq!(m.path.metadata().unwrap().len(), 100_000);
+    });
+}
