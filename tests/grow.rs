@@ -341,3 +341,46 @@ fn writes_inside_go_on_while_a_growing_one_is_held_up() {
         assert_eq!(m.driver.bytes()[200_000..], *b"growing");
     });
 }
+
+/// Others' failures cut off room that they made, not what has been written.
+#[test]
+fn what_was_acknowledged_survives_the_failures_of_others() {
+    const PART: usize = 1_300_001;
+    const THREADS: usize = 4;
+    const PARTS: usize = 5;
+    for_queues(|queues| {
+        let m = Mounted::growable(1001, queues);
+        let count = AtomicU64::new(0);
+        m.driver.fail_if(move |call, _, _| {
+            let fails = call == Call::Write && count.fetch_add(1, SeqCst) % 4 == 1;
+            fails.then(|| io::Error::from_raw_os_error(libc::ENOSPC))
+        });
+        let all = pattern(77, THREADS * PARTS * PART);
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let flags = if thread % 2 == 0 { 0 } else { libc::O_DIRECT };
+                let (file, all) = (m.open_with(true, flags), &all);
+                scope.spawn(move || {
+                    for part in 0..PARTS {
+                        let at = (part * THREADS + thread) * PART;
+                        let mut done = 0;
+                        while done < PART {
+                            let data = &all[at + done..at + PART];
+                            let offset = (1001 + at + done) as u64;
+                            let result = if thread < 2 {
+                                aio_write(&file, &[(offset, data)])[0]
+                            } else {
+                                file.write_at(data, offset).map_or(-1, |n| n as i32)
+                            };
+                            done += result.max(0) as usize;
+                        }
+                    }
+                });
+            }
+        });
+        let bytes = m.driver.bytes();
+        assert_eq!(bytes.len(), 1001 + all.len());
+        assert!(bytes[..1001] == pattern(0, 1001));
+        assert!(bytes[1001..] == all);
+    });
+}
