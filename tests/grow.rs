@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use common::client::{aio_write, errno, fallocate, have, run, size};
-use common::sparse::{BLOCK, Exported, Sparse};
+use common::sparse::{BLOCK, Exported, Sparse, Strict};
 use common::{Call, Mounted, for_queues, pattern, skip};
 
 /// The lengths that the driver was told, in order.
@@ -382,5 +382,37 @@ fn what_was_acknowledged_survives_the_failures_of_others() {
         assert_eq!(bytes.len(), 1001 + all.len());
         assert!(bytes[..1001] == pattern(0, 1001));
         assert!(bytes[1001..] == all);
+    });
+}
+
+#[test]
+fn taking_back_room_waits_for_whoever_uses_the_content() {
+    const LEN: u64 = 10_001;
+    for_queues(|queues| {
+        let driver = Strict::new(Sparse::new(LEN));
+        driver.full.store(true, SeqCst);
+        let e = Exported::with(driver.clone(), queues, |b| b.growable(true));
+        let failing = AtomicU64::new(2);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                let (reader, writer, failing) = (e.open(), e.open(), &failing);
+                scope.spawn(move || {
+                    let mut back = vec![1; 100_000];
+                    while failing.load(SeqCst) > 0 {
+                        let n = reader.read_at(&mut back, 0).unwrap();
+                        assert!(n as u64 >= LEN && back[..n].iter().all(|b| *b == 0));
+                    }
+                });
+                scope.spawn(move || {
+                    for i in 0..100 {
+                        let offset = LEN + i % 3 * 1000;
+                        assert_eq!(errno(writer.write_at(b"x", offset)), libc::ENOSPC);
+                    }
+                    failing.fetch_sub(1, SeqCst);
+                });
+            }
+        });
+        assert_eq!(driver.violations.load(SeqCst), 0, "shrunk while in use");
+        assert_eq!(driver.sparse.length(), LEN);
     });
 }

@@ -248,8 +248,10 @@ pub struct Strict {
     pub sparse: Sparse,
     active: Arc<AtomicUsize>,
     pub violations: Arc<AtomicUsize>,
-    /// Zeroing fails for lack of space.
+    /// Zeroing, and writing past what was the end at first, fails for lack of
+    /// space.
     pub full: Arc<AtomicBool>,
+    first_length: u64,
 }
 
 struct Active<'a>(&'a AtomicUsize);
@@ -263,6 +265,7 @@ impl Drop for Active<'_> {
 impl Strict {
     pub fn new(sparse: Sparse) -> Self {
         Self {
+            first_length: sparse.length(),
             sparse,
             active: Arc::default(),
             violations: Arc::default(),
@@ -305,6 +308,9 @@ impl BlockDriver for Strict {
 
     async fn write(&self, io: &Io<'_>, data: &[u8], offset: u64) -> io::Result<()> {
         let _active = self.linger().await;
+        if self.full.load(SeqCst) && offset + data.len() as u64 > self.first_length {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         self.sparse.write(io, data, offset).await
     }
 
