@@ -56,6 +56,7 @@ impl Exported {
 impl Drop for Exported {
     fn drop(&mut self) {
         if let Some(export) = self.export.take() {
+            let _quiet = super::client::no_children();
             let deleted = export.delete(Some(SOON));
             assert!(
                 deleted.is_ok() || std::thread::panicking(),
