@@ -11,7 +11,7 @@ use std::process::{Command, Output};
 use std::time::{Duration, SystemTime};
 
 use blkfuse::AllowOther;
-use common::client::{errno, fresh_times, have, size, times};
+use common::client::{errno, fresh_times, have, output, run, size, times};
 use common::{Memory, Mounted, for_queues, skip};
 use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -35,11 +35,11 @@ fn mode(m: &Mounted) -> u32 {
 /// Runs a program as nobody; `{}` is the file.
 fn as_nobody(m: &Mounted, line: &str) -> Output {
     let path = m.path.to_str().unwrap();
-    Command::new("setpriv")
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
-        .args(["sh", "-c", &line.replace("{}", path)])
-        .output()
-        .unwrap()
+    output(
+        Command::new("setpriv")
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+            .args(["sh", "-c", &line.replace("{}", path)]),
+    )
 }
 
 #[test]
@@ -151,13 +151,7 @@ fn times_can_be_set_and_a_later_write_moves_them_again() {
             assert_eq!(file.metadata().unwrap().accessed().unwrap(), accessed);
         }
         let before = SystemTime::now();
-        assert!(
-            Command::new("touch")
-                .arg(&m.path)
-                .status()
-                .unwrap()
-                .success()
-        );
+        run(Command::new("touch").arg(&m.path));
         assert!(fresh_times(&file).0 >= before);
         assert_eq!(size(&file), 10_000);
     });

@@ -4,9 +4,10 @@ mod common;
 
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering::SeqCst;
 
 use common::client::{aio_write, errno, fallocate, size};
-use common::sparse::{BLOCK, Exported, Sparse};
+use common::sparse::{BLOCK, Exported, Sparse, Strict};
 use common::{Call, Memory, Mounted, for_queues, pattern};
 use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
 
@@ -284,28 +285,33 @@ fn a_driver_that_refuses_to_zero_here_is_helped_out() {
 /// Undoing an allocation shrinks the device: not while somebody writes.
 #[test]
 fn undoing_an_allocation_waits_for_writes_and_loses_none() {
+    const LEN: u64 = 100 * BLOCK;
     for_queues(|queues| {
-        let m = Mounted::growable(LEN, queues);
-        m.driver.fail_if(|call, _, _| {
-            (call == Call::WriteZeroes).then(|| io::Error::from_raw_os_error(libc::ENOSPC))
-        });
+        let driver = Strict::new(Sparse::new(LEN));
+        driver.full.store(true, SeqCst);
+        let e = Exported::with(driver.clone(), queues, |b| b.growable(true));
         std::thread::scope(|scope| {
-            let file = m.open(true);
-            scope.spawn(move || {
-                for i in 0..100 {
-                    let data = [i as u8; 5000];
-                    let writes = [(0, &data[..]), (5000, &data), (LEN as u64 - 5000, &data)];
-                    assert_eq!(aio_write(&file, &writes), [5000; 3]);
-                }
-            });
-            let file = m.open(true);
-            for _ in 0..100 {
-                assert_eq!(errno(fallocate(&file, 0, LEN as u64, 4096)), libc::ENOSPC);
-                assert_eq!(size(&file), LEN as u64);
+            for _ in 0..2 {
+                let file = e.open();
+                scope.spawn(move || {
+                    for i in 0..100 {
+                        let data = [i; 5000];
+                        let writes = [(0, &data[..]), (5000, &data), (LEN - 5000, &data)];
+                        assert_eq!(aio_write(&file, &writes), [5000; 3]);
+                    }
+                });
+            }
+            let file = e.open();
+            for _ in 0..200 {
+                assert_eq!(errno(fallocate(&file, 0, LEN, 4096)), libc::ENOSPC);
+                assert_eq!(size(&file), LEN);
             }
         });
-        let bytes = m.driver.bytes();
-        assert!(bytes[..10_000] == [99; 10_000]);
-        assert!(bytes[LEN - 5000..] == [99; 5000]);
+        assert_eq!(driver.violations.load(SeqCst), 0, "shrunk while in use");
+        let mut back = [0; 5000];
+        for at in [0, 5000, LEN - 5000] {
+            e.open().read_exact_at(&mut back, at).unwrap();
+            assert!(back == [99; 5000]);
+        }
     });
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use common::client::{aio_write, errno, fallocate, have, run, size};
-use common::sparse::{BLOCK, Exported, Sparse};
+use common::sparse::{BLOCK, Exported, Sparse, Strict};
 use common::{Call, Mounted, for_queues, pattern, skip};
 
 /// The lengths that the driver was told, in order.
@@ -354,5 +354,80 @@ fn growth_does_not_cut_off_what_the_host_has_added_silently() {
         expected[50_000..50_005].copy_from_slice(b"later");
         assert_eq!(m.driver.bytes(), expected);
         assert_eq!(m.path.metadata().unwrap().len(), 100_000);
+    });
+}
+
+/// Others' failures cut off room that they made, not what has been written.
+#[test]
+fn what_was_acknowledged_survives_the_failures_of_others() {
+    const PART: usize = 1_300_001;
+    const THREADS: usize = 4;
+    const PARTS: usize = 5;
+    for_queues(|queues| {
+        let m = Mounted::growable(1001, queues);
+        let count = AtomicU64::new(0);
+        m.driver.fail_if(move |call, _, _| {
+            let fails = call == Call::Write && count.fetch_add(1, SeqCst) % 4 == 1;
+            fails.then(|| io::Error::from_raw_os_error(libc::ENOSPC))
+        });
+        let all = pattern(77, THREADS * PARTS * PART);
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let flags = if thread % 2 == 0 { 0 } else { libc::O_DIRECT };
+                let (file, all) = (m.open_with(true, flags), &all);
+                scope.spawn(move || {
+                    for part in 0..PARTS {
+                        let at = (part * THREADS + thread) * PART;
+                        let mut done = 0;
+                        while done < PART {
+                            let data = &all[at + done..at + PART];
+                            let offset = (1001 + at + done) as u64;
+                            let result = if thread < 2 {
+                                aio_write(&file, &[(offset, data)])[0]
+                            } else {
+                                file.write_at(data, offset).map_or(-1, |n| n as i32)
+                            };
+                            done += result.max(0) as usize;
+                        }
+                    }
+                });
+            }
+        });
+        let bytes = m.driver.bytes();
+        assert_eq!(bytes.len(), 1001 + all.len());
+        assert!(bytes[..1001] == pattern(0, 1001));
+        assert!(bytes[1001..] == all);
+    });
+}
+
+#[test]
+fn taking_back_room_waits_for_whoever_uses_the_content() {
+    const LEN: u64 = 10_001;
+    for_queues(|queues| {
+        let driver = Strict::new(Sparse::new(LEN));
+        driver.full.store(true, SeqCst);
+        let e = Exported::with(driver.clone(), queues, |b| b.growable(true));
+        let failing = AtomicU64::new(2);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                let (reader, writer, failing) = (e.open(), e.open(), &failing);
+                scope.spawn(move || {
+                    let mut back = vec![1; 100_000];
+                    while failing.load(SeqCst) > 0 {
+                        let n = reader.read_at(&mut back, 0).unwrap();
+                        assert!(n as u64 >= LEN && back[..n].iter().all(|b| *b == 0));
+                    }
+                });
+                scope.spawn(move || {
+                    for i in 0..100 {
+                        let offset = LEN + i % 3 * 1000;
+                        assert_eq!(errno(writer.write_at(b"x", offset)), libc::ENOSPC);
+                    }
+                    failing.fetch_sub(1, SeqCst);
+                });
+            }
+        });
+        assert_eq!(driver.violations.load(SeqCst), 0, "shrunk while in use");
+        assert_eq!(driver.sparse.length(), LEN);
     });
 }

@@ -8,7 +8,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use common::client::{command, have, run};
+use common::client::{command, have, output, run, start};
 use common::sparse::{BLOCK, Exported, Sparse};
 use common::{Memory, Mounted, for_queues, pattern, skip};
 use nix::mount::{MntFlags, umount2};
@@ -89,10 +89,7 @@ fn cp_and_the_shell_write_into_it() {
         run(Command::new("cp").args([&source, &m.path]));
         assert!(m.driver.bytes() == data);
         let m = Mounted::fixed(2_500_000, queues);
-        let cp = Command::new("cp")
-            .args([&source, &m.path])
-            .output()
-            .unwrap();
+        let cp = output(Command::new("cp").args([&source, &m.path]));
         assert!(!cp.status.success());
         assert!(String::from_utf8_lossy(&cp.stderr).contains("No space left"));
     });
@@ -128,9 +125,8 @@ fn dd_in_every_way() {
             assert!(bytes[3 << 20..] == all[3 << 20..], "{options}");
         }
         // conv=sparse seeks over zeroes; a disk full of zeroes is one error.
-        let full = command("dd if=/dev/zero of={} bs=1M conv=notrunc", &m.path)
-            .output()
-            .unwrap();
+        let fill = "dd if=/dev/zero of={} bs=1M conv=notrunc";
+        let full = output(&mut command(fill, &m.path));
         assert!(!full.status.success());
         assert!(m.driver.bytes() == vec![0; 4 << 20]);
     });
@@ -231,11 +227,11 @@ struct Loop(PathBuf);
 impl Loop {
     fn attach(path: &Path, direct: bool) -> Option<Self> {
         let direct = format!("--direct-io={}", if direct { "on" } else { "off" });
-        let output = Command::new("losetup")
-            .args(["--find", "--show", &direct])
-            .arg(path)
-            .output()
-            .ok()?;
+        let output = output(
+            Command::new("losetup")
+                .args(["--find", "--show", &direct])
+                .arg(path),
+        );
         let name = String::from_utf8(output.stdout).ok()?;
         output.status.success().then(|| Self(name.trim().into()))
     }
@@ -243,8 +239,8 @@ impl Loop {
 
 impl Drop for Loop {
     fn drop(&mut self) {
-        let detached = Command::new("losetup").arg("-d").arg(&self.0).status();
-        let detached = detached.is_ok_and(|s| s.success());
+        let detached = output(Command::new("losetup").arg("-d").arg(&self.0));
+        let detached = detached.status.success();
         assert!(detached || std::thread::panicking(), "losetup -d failed");
     }
 }
@@ -289,7 +285,8 @@ fn a_file_system_on_a_loop_device_over_the_file() {
                 drop(file);
                 // Discards arrive as punched holes.
                 fs::write(dir.path().join("gone"), vec![9; 8 << 20]).unwrap();
-                nix::unistd::sync();
+                // Not sync(2): it would wait for every other mount as well.
+                run(Command::new("sync").arg("-f").arg(dir.path()));
                 fs::remove_file(dir.path().join("gone")).unwrap();
                 run(Command::new("fstrim").arg(dir.path()));
                 drop(mount);
@@ -314,19 +311,11 @@ fn sqlite_keeps_a_database_in_it() {
         return;
     }
     let sqlite = |path: &Path, script: &str| {
-        let mut child = Command::new("sqlite3")
-            .arg("-bail")
-            .arg(path)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        child
-            .stdin
-            .take()
-            .unwrap()
-            .write_all(script.as_bytes())
-            .unwrap();
+        let mut sqlite = Command::new("sqlite3");
+        let mut child = start(sqlite.arg("-bail").arg(path).stdin(Stdio::piped()));
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(script.as_bytes()).unwrap();
+        drop(stdin);
         let output = child.wait_with_output().unwrap();
         assert!(output.status.success());
         String::from_utf8(output.stdout).unwrap()

@@ -4,15 +4,12 @@
 mod common;
 
 use std::fs::File;
-use std::future::poll_fn;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::task::Poll;
 
-use blkfuse::{BlockDriver, Extent, Features, Io, ReadBuf};
-use common::client::{errno, size};
-use common::sparse::{Exported, Sparse};
+use common::client::{aio_write, errno, fallocate, size};
+use common::sparse::{Exported, Sparse, Strict};
 use common::{Call, Memory, Mounted, for_queues, pattern};
 
 #[test]
@@ -137,76 +134,12 @@ fn a_regrown_area_is_zero_although_writers_race_the_shrink() {
     });
 }
 
-/// The driver is promised that nothing is being written while it shrinks; and
-/// is held up in each of its calls to see whether that is so.
-#[test]
-fn the_driver_shrinks_only_while_nothing_is_being_written() {
-    for_queues(|queues| {
-        let m = Mounted::growable(100_000, queues);
-        m.driver.hold();
-        let order = std::thread::scope(|scope| {
-            let (writer, shrinker) = (m.open(true), m.open(true));
-            // In flight, so that the kernel has let go of its own lock.
-            scope.spawn(move || {
-                common::client::aio_write(&writer, &[(50_000, &[1; 10])]);
-            });
-            m.driver.wait_for_held(1);
-            scope.spawn(move || shrinker.set_len(10).unwrap());
-            m.driver.release();
-            m.driver.calls.lock().unwrap()[0].0
-        });
-        assert_eq!(order, Call::Write);
-        assert_eq!(m.driver.bytes(), pattern(0, 10));
-    });
-}
-
-/// A driver that takes its time before it looks at what it was asked for.
-struct Slow(Sparse);
-
-impl Slow {
-    async fn linger(&self) {
-        for _ in 0..20 {
-            let mut first = true;
-            poll_fn(|cx| {
-                if std::mem::take(&mut first) {
-                    cx.waker().wake_by_ref();
-                    return Poll::Pending;
-                }
-                Poll::Ready(())
-            })
-            .await;
-        }
-    }
-}
-
-impl BlockDriver for Slow {
-    fn length(&self) -> io::Result<u64> {
-        Ok(self.0.length())
-    }
-    fn features(&self) -> Features {
-        BlockDriver::features(&self.0)
-    }
-    async fn read(&self, io: &Io<'_>, buf: &mut ReadBuf<'_>, offset: u64) -> io::Result<()> {
-        self.linger().await;
-        self.0.read(io, buf, offset).await
-    }
-    async fn write(&self, io: &Io<'_>, data: &[u8], offset: u64) -> io::Result<()> {
-        self.0.write(io, data, offset).await
-    }
-    async fn truncate(&self, io: &Io<'_>, length: u64) -> io::Result<()> {
-        self.0.truncate(io, length).await
-    }
-    async fn block_status(&self, io: &Io<'_>, offset: u64, bytes: u64) -> io::Result<Extent> {
-        self.linger().await;
-        self.0.block_status(io, offset, bytes).await
-    }
-}
-
 /// Runs `look` in threads while the file shrinks and grows again.
 fn while_shrinking(queues: usize, look: impl Fn(&File) + Sync) {
     let sparse = Sparse::new(LONG);
     sparse.put_block(0, 1);
-    let e = Exported::with(Slow(sparse), queues, |b| b);
+    let driver = Strict::new(sparse);
+    let e = Exported::with(driver.clone(), queues, |b| b);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for _ in 0..3 {
@@ -226,6 +159,7 @@ fn while_shrinking(queues: usize, look: impl Fn(&File) + Sync) {
             file.set_len(LONG).unwrap();
         }
     });
+    assert_eq!(driver.violations.load(SeqCst), 0, "shrunk while in use");
 }
 
 /// So that a thread's panic ends the others too.
@@ -260,6 +194,25 @@ fn looking_for_holes_while_the_file_shrinks_finds_them_or_the_end() {
             match common::client::seek(file, 50 * 4096, libc::SEEK_HOLE) {
                 Ok(at) => assert_eq!(at, 50 * 4096),
                 Err(e) => assert_eq!(e.raw_os_error(), Some(libc::ENXIO)),
+            }
+        });
+    });
+}
+
+/// Asynchronous ones, for which the kernel does not hold the file's lock.
+#[test]
+fn what_changes_the_content_ends_before_the_driver_shrinks() {
+    const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    for_queues(|queues| {
+        while_shrinking(queues, |file| {
+            let writes = [(0, &[1; 512][..]), (1024, &[1; 2048]), (4000, &[0; 96])];
+            for (result, (_, data)) in aio_write(file, &writes).iter().zip(&writes) {
+                assert_eq!(*result, data.len() as i32);
+            }
+            fallocate(file, PUNCH, 5000, 10_000).unwrap();
+            match file.write_at(&[0; 100], LONG - 200) {
+                Ok(n) => assert_eq!(n, 100),
+                Err(e) => assert_eq!(e.raw_os_error(), Some(libc::ENOSPC)),
             }
         });
     });

@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::SystemTime;
 
 use common::client::{aio_write, errno, fallocate, size};
+use common::sparse::{BLOCK, Exported, Sparse};
 use common::{Call, Mounted, for_queues, pattern};
 use memmap2::MmapMut;
 use nix::sys::uio::pwritev;
@@ -41,6 +42,24 @@ fn any_offset_and_length() {
                 assert!(m.driver.bytes() == model, "at {offset}");
             }
         }
+    });
+}
+
+#[test]
+fn far_out_on_a_huge_device() {
+    for_queues(|queues| {
+        let sparse = Sparse::new((5 << 40) + 1);
+        let e = Exported::with(sparse.clone(), queues, |b| b);
+        let file = e.open();
+        for offset in [(1 << 32) - 3, (4 << 40) + 511, (5 << 40) - 8] {
+            file.write_all_at(b"far out", offset).unwrap();
+            let mut back = [1; 9];
+            let n = file.read_at(&mut back, offset - 1).unwrap();
+            assert_eq!(&back[..n], &b"\0far out\0"[..n]);
+            assert!(n >= 8 && sparse.has_block(offset / BLOCK));
+        }
+        assert_eq!(file.write_at(b"xyz", 5 << 40).unwrap(), 1);
+        assert_eq!(errno(file.write_at(b"x", (5 << 40) + 1)), libc::ENOSPC);
     });
 }
 

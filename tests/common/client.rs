@@ -1,11 +1,12 @@
 //! What clients of the exported file do that std has no words for.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, IntoRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{PoisonError, RwLock, RwLockWriteGuard};
 use std::time::{Duration, SystemTime};
 
 use io_uring::{IoUring, opcode, squeue, types};
@@ -145,9 +146,44 @@ pub fn have(program: &str) -> bool {
         .any(|dir| dir.join(program).exists())
 }
 
+/// Held for reading while a child is started, for writing while an export is
+/// deleted.
+///
+/// Before its exec a child has copies of all descriptors: of the files that
+/// other tests have open, and of the connections that serve them. Were such an
+/// export deleted at that moment, the child would keep the connection alive
+/// and wait for an answer to its own close, for ever.
+static STARTING: RwLock<()> = RwLock::new(());
+
+/// While this lives, no child is between its fork and its exec.
+pub fn no_children() -> RwLockWriteGuard<'static, ()> {
+    STARTING.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs a program to its end.
+pub fn output(command: &mut Command) -> Output {
+    start(command).wait_with_output().unwrap()
+}
+
+/// Starts a program whose output is piped.
+pub fn start(command: &mut Command) -> Child {
+    let _starting = STARTING.read().unwrap_or_else(PoisonError::into_inner);
+    let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    // Spawning may return before the exec has closed what it is to close.
+    let descriptors = format!("/proc/{}/fd", child.id());
+    let has_fuse = || {
+        let links = fs::read_dir(&descriptors).into_iter().flatten().flatten();
+        let mut targets = links.filter_map(|link| fs::read_link(link.path()).ok());
+        targets.any(|target| target == Path::new("/dev/fuse"))
+    };
+    super::eventually("the child's exec", || !has_fuse());
+    child
+}
+
 /// Runs a program to its end; panics with what it said unless it succeeds.
 pub fn run(command: &mut Command) -> Output {
-    let output = command.output().unwrap();
+    let output = output(command);
     assert!(
         output.status.success(),
         "{command:?}: {}\n{}{}",

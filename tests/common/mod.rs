@@ -498,6 +498,7 @@ impl Mounted {
     /// Deletes the export and waits for its end.
     pub fn delete(&mut self) {
         let export = self.export.take().expect("not deleted yet");
+        let _quiet = client::no_children();
         export.delete(Some(SOON)).unwrap();
     }
 }
@@ -506,6 +507,7 @@ impl Drop for Mounted {
     fn drop(&mut self) {
         self.driver.release();
         if let Some(export) = self.export.take() {
+            let _quiet = client::no_children();
             let deleted = export.delete(Some(SOON));
             assert!(
                 deleted.is_ok() || thread::panicking(),

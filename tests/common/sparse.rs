@@ -3,9 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::future::poll_fn;
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 
 use blkfuse::{BlockDriver, Builder, Export, Extent, Features, Io, ReadBuf};
 use tempfile::TempDir;
@@ -53,6 +56,7 @@ impl Exported {
 impl Drop for Exported {
     fn drop(&mut self) {
         if let Some(export) = self.export.take() {
+            let _quiet = super::client::no_children();
             let deleted = export.delete(Some(SOON));
             assert!(
                 deleted.is_ok() || std::thread::panicking(),
@@ -235,5 +239,110 @@ impl BlockDriver for Sparse {
                 hole: true,
             },
         })
+    }
+}
+
+/// A `Sparse` that takes its time, and notes whether it was made shorter
+/// while something used its content, as the engine must never do.
+#[derive(Clone)]
+pub struct Strict {
+    pub sparse: Sparse,
+    active: Arc<AtomicUsize>,
+    pub violations: Arc<AtomicUsize>,
+    /// Zeroing, and writing past what was the end at first, fails for lack of
+    /// space.
+    pub full: Arc<AtomicBool>,
+    first_length: u64,
+}
+
+struct Active<'a>(&'a AtomicUsize);
+
+impl Drop for Active<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, SeqCst);
+    }
+}
+
+impl Strict {
+    pub fn new(sparse: Sparse) -> Self {
+        Self {
+            first_length: sparse.length(),
+            sparse,
+            active: Arc::default(),
+            violations: Arc::default(),
+            full: Arc::default(),
+        }
+    }
+
+    /// Counts the caller as active, and has other requests run.
+    async fn linger(&self) -> Active<'_> {
+        self.active.fetch_add(1, SeqCst);
+        let active = Active(&self.active);
+        for _ in 0..20 {
+            let mut first = true;
+            poll_fn(|cx| {
+                if std::mem::take(&mut first) {
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                Poll::Ready(())
+            })
+            .await;
+        }
+        active
+    }
+}
+
+impl BlockDriver for Strict {
+    fn length(&self) -> io::Result<u64> {
+        Ok(self.sparse.length())
+    }
+
+    fn features(&self) -> Features {
+        self.sparse.features()
+    }
+
+    async fn read(&self, io: &Io<'_>, buf: &mut ReadBuf<'_>, offset: u64) -> io::Result<()> {
+        let _active = self.linger().await;
+        self.sparse.read(io, buf, offset).await
+    }
+
+    async fn write(&self, io: &Io<'_>, data: &[u8], offset: u64) -> io::Result<()> {
+        let _active = self.linger().await;
+        if self.full.load(SeqCst) && offset + data.len() as u64 > self.first_length {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.sparse.write(io, data, offset).await
+    }
+
+    async fn discard(&self, io: &Io<'_>, offset: u64, bytes: u64) -> io::Result<()> {
+        let _active = self.linger().await;
+        self.sparse.discard(io, offset, bytes).await
+    }
+
+    async fn write_zeroes(
+        &self,
+        io: &Io<'_>,
+        offset: u64,
+        bytes: u64,
+        may_unmap: bool,
+    ) -> io::Result<()> {
+        let _active = self.linger().await;
+        if self.full.load(SeqCst) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.sparse.write_zeroes(io, offset, bytes, may_unmap).await
+    }
+
+    async fn truncate(&self, io: &Io<'_>, length: u64) -> io::Result<()> {
+        if length < self.sparse.length() && self.active.load(SeqCst) > 0 {
+            self.violations.fetch_add(1, SeqCst);
+        }
+        self.sparse.truncate(io, length).await
+    }
+
+    async fn block_status(&self, io: &Io<'_>, offset: u64, bytes: u64) -> io::Result<Extent> {
+        let _active = self.linger().await;
+        self.sparse.block_status(io, offset, bytes).await
     }
 }
