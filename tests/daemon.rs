@@ -6,16 +6,15 @@ mod daemon_support;
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
 
-use common::{Call, Memory, Mounted, SOON, eventually, pattern, skip};
+use common::{Call, Mounted, SOON, eventually, pattern, skip};
 use daemon_support::*;
 use memmap2::MmapMut;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -190,7 +189,7 @@ fn a_file_system_without_direct_io_is_used_buffered() {
     assert!(why.ends_with(expected), "{why}");
     let daemon = Daemon::start(args![image, at]);
     let end = "does not support O_DIRECT; using the page cache\n";
-    eventually("a message", || daemon.stderr().ends_with(end));
+    eventually("a message", || daemon.stderr().contains(end));
     assert_same(&fs::read(&at).unwrap(), &pattern(0, 10_000));
     daemon.stop();
 }
@@ -207,7 +206,10 @@ fn growing_needs_both_options() {
     let file = open(&at);
     assert_eq!(errno(file.write_at(&[2; 10], 1000)), libc::ENOSPC);
     assert_eq!(file.write_at(&[2; 10], 995).unwrap(), 5);
-    assert!(file.set_len(2000).is_err());
+    // Only asking for another length in so many words changes it.
+    file.set_len(2000).unwrap();
+    assert_eq!(fs::metadata(&image).unwrap().len(), 2000);
+    file.set_len(1000).unwrap();
     // O_TRUNC of a device with a fixed size does nothing, as with a device.
     File::create(&at).unwrap();
     assert_eq!(fs::metadata(&at).unwrap().len(), 1000);
@@ -244,7 +246,7 @@ fn discard_decides_whether_holes_free_space() {
             all.extend(args!["--discard", whether]);
         }
         let daemon = Daemon::start(all);
-        assert_eq!(allocated(&image), 1 << 20);
+        assert!(allocated(&image) >= 1 << 20);
         let file = open(&at);
         fallocate(&file, PUNCH, 65536, 131_072).unwrap();
         // Unaligned ends, and what lies behind the end.
@@ -255,7 +257,7 @@ fn discard_decides_whether_holes_free_space() {
         if frees {
             assert!(space <= (1 << 20) - 131_072, "{discard:?}: {space}");
         } else {
-            assert_eq!(space, 1 << 20, "{discard:?}");
+            assert!(space >= 1 << 20, "{discard:?}: {space}");
         }
         let mut expected = vec![7; 1 << 20];
         expected[65536..65536 + 131_072].fill(0);
@@ -642,4 +644,839 @@ fn without_arguments_there_is_something_to_look_at() {
         0,
         "something was left"
     );
+}
+
+// --- The end ----------------------------------------------------------------
+
+#[test]
+fn every_signal_ends_it_with_success() {
+    let Some(s) = scratch() else { return };
+    for signal in SIGNALS {
+        for cache in ["none", "writeback"] {
+            let (image, at) = (s.sparse("disk.img", 1 << 20), s.mountpoint("disk"));
+            let daemon = Daemon::start(args!["-w", "--cache", cache, image, at]);
+            // Open for ever, written but never synced.
+            let file = open(&at);
+            file.write_all_at(&pattern(0, 300_000), 12_345).unwrap();
+            let end = daemon.stop_with(signal);
+            assert!(
+                end.stderr.contains(&format!("{signal}: stopping")),
+                "{end:?}"
+            );
+            assert_eq!(s.mounts(), [] as [PathBuf; 0]);
+            assert_same(
+                &fs::read(&image).unwrap()[12_345..312_345],
+                &pattern(0, 300_000),
+            );
+            assert!(file.sync_all().is_err(), "nobody is there any more");
+        }
+    }
+}
+
+#[test]
+fn an_ignored_hangup_stays_ignored() {
+    let Some(s) = scratch() else { return };
+    if !installed(&["nohup"]) {
+        return;
+    }
+    let at = s.mountpoint("disk");
+    let mut command = Command::new("nohup");
+    command.arg(blkfused().get_program()).arg("ram:1M").arg(&at);
+    command.stdin(Stdio::null());
+    let mut daemon = Daemon::spawn(command, 1);
+    daemon.signal(Signal::SIGHUP);
+    // It has looked at a later signal without having ended for the first.
+    assert_eq!(fs::read(&at).unwrap().len(), 1 << 20);
+    assert!(daemon.is_running());
+    daemon.signal(Signal::SIGTERM);
+    let end = daemon.wait(STOP);
+    assert!(end.stderr.contains("SIGTERM: stopping"), "{end:?}");
+    assert!(!end.stderr.contains("SIGHUP"), "{end:?}");
+}
+
+/// A program that runs beside the test; killed when dropped.
+struct Beside(Child);
+
+impl Beside {
+    fn start(program: &str, args: impl IntoIterator<Item = std::ffi::OsString>) -> Self {
+        let mut command = Command::new(program);
+        command.args(args).stdin(Stdio::piped());
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        Self(command.spawn().unwrap())
+    }
+
+    /// Waits for its end.
+    fn wait(mut self) -> std::process::ExitStatus {
+        eventually("its end", || self.0.try_wait().unwrap().is_some());
+        self.0.wait().unwrap()
+    }
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn it_ends_under_load() {
+    let Some(s) = scratch() else { return };
+    if !installed(&["fio"]) {
+        return;
+    }
+    for (engine, direct) in [("libaio", "1"), ("psync", "0"), ("mmap", "0")] {
+        let (image, at) = (s.sparse("disk.img", 64 << 20), s.mountpoint("disk"));
+        let daemon = Daemon::start(args!["-w", image, at]);
+        let load = Beside::start(
+            "fio",
+            args![
+                "--name=load",
+                format!("--filename={}", at.display()),
+                format!("--ioengine={engine}"),
+                format!("--direct={direct}"),
+                "--rw=randrw",
+                "--bs=4k",
+                "--size=64M",
+                "--iodepth=16",
+                "--numjobs=2",
+                "--time_based",
+                "--runtime=60",
+                // An mmap engine that meets a dead file dies of SIGBUS.
+                "--thread=0",
+            ],
+        );
+        eventually("some load", || allocated(&image) > 1 << 20);
+        let end = daemon.stop();
+        assert!(end.took < STOP);
+        assert_eq!(s.mounts(), [] as [PathBuf; 0]);
+        assert!(!load.wait().success(), "{engine} noticed nothing");
+    }
+}
+
+/// All of a file in memory, for reading and writing.
+fn map(file: &File) -> MmapMut {
+    // SAFETY: the test changes the file in no other way while it is mapped, and
+    // does not touch the memory after the export is gone.
+    unsafe { MmapMut::map_mut(file).unwrap() }
+}
+
+#[test]
+fn what_mapped_memory_holds_is_in_the_image_at_the_end() {
+    let Some(s) = scratch() else { return };
+    for threads in ["1", "4"] {
+        for cache in ["none", "writeback"] {
+            let (image, at) = (s.sparse("disk.img", 3_000_001), s.mountpoint("disk"));
+            let daemon = Daemon::start(args![
+                "-w",
+                "--threads",
+                threads,
+                "--cache",
+                cache,
+                image,
+                at
+            ]);
+            let file = open(&at);
+            let mut memory = map(&file);
+            memory.copy_from_slice(&pattern(5, 3_000_001));
+            // Neither synced nor unmapped nor closed.
+            daemon.stop();
+            assert_same(&fs::read(&image).unwrap(), &pattern(5, 3_000_001));
+            drop((memory, file));
+        }
+    }
+}
+
+#[test]
+fn it_ends_when_somebody_else_unmounts() {
+    let Some(s) = scratch() else { return };
+    let (image, at) = (s.sparse("disk.img", 1 << 20), s.mountpoint("disk"));
+    for flags in [MntFlags::empty(), MntFlags::MNT_DETACH, MntFlags::MNT_FORCE] {
+        let daemon = Daemon::start(args!["-w", image, at]);
+        open(&at).write_all_at(&[3; 5000], 777).unwrap();
+        umount2(&at, flags).unwrap();
+        let end = daemon.wait(STOP);
+        assert!(end.status.success(), "{flags:?}: {end:?}");
+        assert_eq!(fs::read(&image).unwrap()[777..5777], [3; 5000]);
+    }
+    if installed(&["umount"]) {
+        let daemon = Daemon::start(args![image, at]);
+        run("umount", args![at]);
+        assert!(daemon.wait(STOP).status.success());
+    }
+    if installed(&["fusermount3"]) {
+        let daemon = Daemon::start(args![image, at]);
+        run("fusermount3", args!["-u", at]);
+        assert!(daemon.wait(STOP).status.success());
+    }
+}
+
+#[test]
+fn a_lazily_unmounted_file_lives_until_it_is_closed() {
+    let Some(s) = scratch() else { return };
+    let (image, at) = (s.sparse("disk.img", 1 << 20), s.mountpoint("disk"));
+    let mut daemon = Daemon::start(args!["-w", image, at]);
+    let file = open(&at);
+    umount2(&at, MntFlags::MNT_DETACH).unwrap();
+    assert_eq!(s.mounts(), [] as [PathBuf; 0]);
+    file.write_all_at(&[9; 100], 50).unwrap();
+    file.sync_all().unwrap();
+    assert!(daemon.is_running());
+    drop(file);
+    assert!(daemon.wait(STOP).status.success());
+    assert_eq!(fs::read(&image).unwrap()[50..150], [9; 100]);
+}
+
+#[test]
+fn one_export_may_end_before_the_others() {
+    let Some(s) = scratch() else { return };
+    let (one, two) = (s.mountpoint("one"), s.mountpoint("two"));
+    let second = format!("ram:2M={}", two.display());
+    let mut daemon = Daemon::start_several(args!["-w", "ram:1M", one, "--export", second], 2);
+    umount2(&one, MntFlags::empty()).unwrap();
+    let file = open(&two);
+    for round in 0..100 {
+        file.write_all_at(&[round; 4096], 4096).unwrap();
+    }
+    assert_eq!(fs::read(&two).unwrap()[4096..8192], [99; 4096]);
+    assert!(daemon.is_running());
+    drop(file);
+    umount2(&two, MntFlags::empty()).unwrap();
+    assert!(daemon.wait(STOP).status.success());
+}
+
+#[test]
+fn a_killed_daemon_can_be_started_again_on_its_dead_mount() {
+    let Some(s) = scratch() else { return };
+    let (image, at) = (s.sparse("disk.img", 1 << 20), s.mountpoint("disk"));
+    for round in 1..=3u8 {
+        let daemon = Daemon::start(args!["-w", image, at]);
+        let file = open(&at);
+        file.write_all_at(&[round; 10_000], 0).unwrap();
+        daemon.kill();
+        let dead = fs::metadata(&at);
+        assert_eq!(errno(dead), libc::ENOTCONN);
+        assert_eq!(s.mounts(), [at.clone()]);
+        assert!(file.write_at(&[0xff; 10], 0).is_err());
+    }
+    let daemon = Daemon::start(args![image, at]);
+    assert_eq!(fs::read(&at).unwrap()[..10_000], [3; 10_000]);
+    assert_eq!(s.mounts(), [at.clone()]);
+    daemon.stop();
+    assert_eq!(s.mounts(), [] as [PathBuf; 0]);
+}
+
+#[test]
+fn a_second_daemon_mounts_over_the_first_or_is_told_why_not() {
+    let Some(s) = scratch() else { return };
+    let (image, at) = (s.file("disk.img", &[1; 100]), s.mountpoint("disk"));
+    let first = Daemon::start(args!["-w", image, at]);
+    // What is served there is a regular file like any other.
+    let second = Daemon::start(args!["ram:1M", at]);
+    assert_eq!(fs::metadata(&at).unwrap().len(), 1 << 20);
+    second.stop();
+    assert_eq!(fs::read(&at).unwrap(), [1; 100]);
+    first.stop();
+}
+
+// --- Locks ------------------------------------------------------------------
+
+#[test]
+fn qemu_does_not_write_an_image_that_is_exported_writable() {
+    let Some(s) = scratch() else { return };
+    if !installed(&["qemu-img", "qemu-io"]) {
+        return;
+    }
+    let (image, at) = (s.sparse("disk.img", 1 << 20), s.mountpoint("disk"));
+    let write = args!["-f", "raw", "-c", "write 0 4k", image];
+    let read = args!["-r", "-f", "raw", "-c", "read 0 4k", image];
+    let resize = args!["resize", "-f", "raw", image, "2M"];
+    let may = |program, args: &[std::ffi::OsString]| {
+        let output = output(program, args.to_vec());
+        let text = text_of(&output);
+        assert!(output.status.success() || text.contains("lock"), "{text}");
+        output.status.success()
+    };
+    for (options, writes, resizes) in [
+        (&["-w"][..], false, false),
+        (&["-w", "--growable"], false, false),
+        (&[], true, false),
+    ] {
+        let mut all = args![image, at];
+        all.extend(options.iter().map(Into::into));
+        let daemon = Daemon::start(all);
+        assert_eq!(may("qemu-io", &write), writes, "{options:?}");
+        assert_eq!(may("qemu-img", &resize), resizes, "{options:?}");
+        assert!(may("qemu-io", &read), "{options:?}");
+        daemon.stop();
+    }
+    assert!(may("qemu-io", &write));
+    assert!(may("qemu-img", &resize));
+}
+
+#[test]
+fn an_image_that_qemu_writes_is_refused() {
+    let Some(s) = scratch() else { return };
+    if !installed(&["qemu-storage-daemon", "qemu-io"]) {
+        return;
+    }
+    let (image, at) = (s.sparse("disk.img", 1 << 20), s.mountpoint("disk"));
+    let pidfile = s.join("pid");
+    let blockdev = format!("file,node-name=disk,filename={}", image.display());
+    let server = format!("addr.type=unix,addr.path={}", s.join("nbd").display());
+    let holder = Beside::start(
+        "qemu-storage-daemon",
+        args![
+            "--blockdev",
+            blockdev,
+            "--nbd-server",
+            server,
+            "--export",
+            "nbd,id=export,node-name=disk,writable=on",
+            "--pidfile",
+            pidfile
+        ],
+    );
+    eventually("qemu-storage-daemon", || pidfile.exists());
+    let expected = format!(
+        "{}: another process has it open for writing; stop that one first",
+        image.display()
+    );
+    assert_eq!(refusal(args!["-w", image, at]), expected);
+    assert_eq!(s.mounts(), [] as [PathBuf; 0]);
+    Daemon::start(args![image, at]).stop();
+    drop(holder);
+
+    // qemu-io waits for commands with the image open.
+    let holder = Beside::start("qemu-io", args!["-f", "raw", image]);
+    let locked = || {
+        let table = fs::read_to_string("/proc/locks").unwrap();
+        let inode = format!(":{} ", fs::metadata(&image).unwrap().ino());
+        table.contains(&inode)
+    };
+    eventually("qemu-io's lock", locked);
+    eventually("a refusal", || {
+        // Its last lock is not its first.
+        let (code, text) = failure(args!["-w", image, at]);
+        assert!(code == 1 && text.contains(" another process "), "{text}");
+        text.contains(&expected)
+    });
+    drop(holder);
+    Daemon::start(args!["-w", image, at]).stop();
+}
+
+#[test]
+fn writers_exclude_each_other_and_readers_do_not() {
+    let Some(s) = scratch() else { return };
+    let image = s.file("disk.img", &pattern(0, 5000));
+    let ats = [1, 2, 3].map(|n| s.mountpoint(format!("disk{n}")));
+    let one = Daemon::start(args![image, ats[0]]);
+    let two = Daemon::start(args![image, ats[1]]);
+    let writer = Daemon::start(args!["-w", image, ats[2]]);
+    for at in &ats {
+        assert_same(&fs::read(at).unwrap(), &pattern(0, 5000));
+    }
+    // One that may shrink the image is worse than one that writes.
+    let at = s.mountpoint("disk4");
+    let why = refusal(args!["-w", image, at]);
+    assert!(
+        why.contains("another process has it open for writing"),
+        "{why}"
+    );
+    drop(writer.stop());
+    let why = refusal(args!["-w", "--growable", image, at]);
+    assert!(why.contains("lets nobody else resize it"), "{why}");
+    drop((one.stop(), two.stop()));
+    // By another name it is the same image.
+    let link = s.join("link");
+    fs::hard_link(&image, &link).unwrap();
+    let owner = Daemon::start(args!["-w", "--growable", image, at]);
+    let why = refusal(args![link, ats[0]]);
+    assert!(why.contains("another process may resize it"), "{why}");
+    owner.stop();
+}
+
+// --- A connection made by others --------------------------------------------
+
+/// Mounts a FUSE connection that nobody serves yet.
+fn connection_at(at: &Path) -> File {
+    let device = open(Path::new("/dev/fuse"));
+    let options = format!(
+        "fd={},rootmode=100000,user_id=0,group_id=0,default_permissions,allow_other",
+        device.as_raw_fd()
+    );
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(
+        Some("prepared"),
+        at,
+        Some("fuse"),
+        flags,
+        Some(&options[..]),
+    )
+    .unwrap();
+    device
+}
+
+#[test]
+fn an_inherited_connection_is_served() {
+    let Some(s) = scratch() else { return };
+    let image = s.file("disk.img", &pattern(0, 300_000));
+    for (number, redirect) in [(0, ""), (7, "7<&0 0</dev/null")] {
+        let at = s.mountpoint("disk");
+        let device = connection_at(&at);
+        let script = format!("exec \"$@\" {redirect}");
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", &script, "sh"])
+            .arg(blkfused().get_program());
+        command
+            .arg("-w")
+            .arg(&image)
+            .arg(format!("/dev/fd/{number}"));
+        command.stdin(device);
+        let daemon = Daemon::spawn(command, 1);
+        let expected = format!("(300000 bytes, writable) is served over /dev/fd/{number}; stop");
+        assert!(daemon.ready[0].contains(&expected), "{:?}", daemon.ready);
+        assert_same(&fs::read(&at).unwrap(), &pattern(0, 300_000));
+        let file = open(&at);
+        file.write_all_at(&pattern(0, 1000), 0).unwrap();
+        file.sync_all().unwrap();
+        drop(file);
+        daemon.stop();
+        // Who mounted it unmounts it; the connection is gone.
+        assert_eq!(errno(fs::metadata(&at)), libc::ENOTCONN);
+        umount2(&at, MntFlags::empty()).unwrap();
+
+        // Unmounting ends this one, too.
+        let device = connection_at(&at);
+        let mut command = blkfused();
+        command.arg(&image).arg("/dev/fd/0").stdin(device);
+        let daemon = Daemon::spawn(command, 1);
+        umount2(&at, MntFlags::empty()).unwrap();
+        assert!(daemon.wait(STOP).status.success());
+    }
+    for (wrong, reason) in [
+        ("/dev/fd/0", "is not a /dev/fuse descriptor"),
+        ("/dev/fd/77", "/dev/fd/77: Bad file"),
+    ] {
+        let why = refusal(args![image, wrong]);
+        assert!(why.contains(reason) && why.contains("; pass "), "{why}");
+    }
+    // Open, but never mounted: there is no handshake to wait for.
+    let mut command = blkfused();
+    let device = open(Path::new("/dev/fuse"));
+    command.arg(&image).arg("/dev/fd/0").stdin(device);
+    let end = Daemon::spawn(command, 0).wait(SOON);
+    assert_eq!(end.status.code(), Some(1), "{end:?}");
+    assert!(end.stderr.contains("fd"), "{end:?}");
+}
+
+// --- Data -------------------------------------------------------------------
+
+#[test]
+fn holes_and_allocation_pass_through() {
+    let Some(s) = scratch() else { return };
+    for cache in ["none", "writeback"] {
+        let (image, at) = (s.sparse("disk.img", 10_000_001), s.mountpoint("disk"));
+        let raw = open(&image);
+        for data in [0, 1 << 20, 4 << 20, 9_990_000] {
+            raw.write_all_at(&[7; 10_001], data).unwrap();
+        }
+        raw.sync_all().unwrap();
+        let daemon = Daemon::start(args!["-w", "--growable", "--cache", cache, image, at]);
+        let file = open(&at);
+        let map = map_of(&raw);
+        assert_eq!(map.len(), 4, "{map:?}");
+        assert_eq!(map_of(&file), map);
+        let same_space = || {
+            // The kernel keeps attributes for a second.
+            eventually("the same st_blocks", || allocated(&at) == allocated(&image));
+            allocated(&image)
+        };
+        let space = same_space();
+        assert!(space < 100_000, "{space}");
+
+        // Written through the export, holes are filled; and made again.
+        file.write_all_at(&[8; 65_536], 2 << 20).unwrap();
+        file.sync_all().unwrap();
+        assert_eq!(map_of(&file), map_of(&raw));
+        assert_eq!(map_of(&file).len(), 5);
+        // The file system's own notes about it may take blocks as well.
+        let notes = 8192;
+        assert!((space + 65_536..=space + 65_536 + notes).contains(&same_space()));
+        fallocate(&file, PUNCH, 2 << 20, 65_536).unwrap();
+        assert_eq!(map_of(&file), map);
+        assert!((space..=space + notes).contains(&same_space()));
+
+        // Reserved room behind the end takes space at once.
+        fallocate(&file, FallocateFlags::empty(), 10_000_001, 3_000_000).unwrap();
+        assert_eq!(fs::metadata(&image).unwrap().len(), 13_000_001);
+        assert!(same_space() >= space + 3_000_000 - 4096);
+        // As a hole it does not.
+        file.set_len(50_000_000).unwrap();
+        assert!(same_space() < space + 3_100_000);
+        drop(file);
+        daemon.stop();
+        assert_eq!(fs::metadata(&image).unwrap().len(), 50_000_000);
+    }
+}
+
+#[test]
+fn odd_sizes_are_exact() {
+    let Some(s) = scratch() else { return };
+    for cache in ["none", "writeback"] {
+        for length in [0, 1, 100, 511, 513, 4095, 4097, 65_537, 1_000_001] {
+            let (image, at) = (
+                s.file("disk.img", &pattern(0, length)),
+                s.mountpoint("disk"),
+            );
+            let daemon = Daemon::start(args!["-w", "--cache", cache, image, at]);
+            assert_same(&fs::read(&at).unwrap(), &pattern(0, length));
+            let file = open(&at);
+            assert_eq!(file.metadata().unwrap().len(), length as u64);
+            // To the very end, and not a byte further.
+            let changed = pattern(1000, length);
+            let written = file.write_at(&[&changed[..], &[1; 100]].concat(), 0);
+            match length {
+                0 => assert_eq!(errno(written), libc::ENOSPC),
+                _ => assert_eq!(written.unwrap(), length),
+            }
+            assert_eq!(errno(file.write_at(&[1], length as u64)), libc::ENOSPC);
+            assert_eq!(file.read_at(&mut [0; 10], length as u64).unwrap(), 0);
+            file.sync_all().unwrap();
+            assert_same(&fs::read(&at).unwrap(), &changed);
+            drop(file);
+            daemon.stop();
+            assert_same(&fs::read(&image).unwrap(), &changed);
+        }
+        // Growing to a length that no sector divides.
+        let (image, at) = (s.file("disk.img", b""), s.mountpoint("disk"));
+        let daemon = Daemon::start(args!["-w", "--growable", "--cache", cache, image, at]);
+        for part in pattern(0, 50_021).chunks(4999) {
+            let mut file = OpenOptions::new().append(true).open(&at).unwrap();
+            file.write_all(part).unwrap();
+        }
+        assert_same(&fs::read(&image).unwrap(), &pattern(0, 50_021));
+        daemon.stop();
+        assert_same(&fs::read(&image).unwrap(), &pattern(0, 50_021));
+    }
+}
+
+#[test]
+fn five_sparse_tebibytes_are_no_trouble() {
+    let Some(s) = scratch() else { return };
+    let length = (5 << 40) + 5;
+    let image = s.join("disk.img");
+    if let Err(e) = File::create(&image).unwrap().set_len(length) {
+        return skip(&format!("no file of 5 TiB: {e}"));
+    }
+    let at = s.mountpoint("disk");
+    for cache in ["none", "writeback"] {
+        let daemon = Daemon::start(args!["-w", "--cache", cache, image, at]);
+        let file = open(&at);
+        assert_eq!(file.metadata().unwrap().len(), length);
+        let places = [0, (1 << 31) - 3, (1 << 32) - 5, (1 << 42) + 1, length - 6];
+        for (seed, place) in places.iter().enumerate() {
+            file.write_all_at(&pattern(seed, 6), *place).unwrap();
+        }
+        file.sync_all().unwrap();
+        assert_eq!(map_of(&file), map_of(&open(&image)));
+        drop(file);
+        daemon.stop();
+        let raw = open(&image);
+        for (seed, place) in places.iter().enumerate() {
+            let mut back = [0; 6];
+            raw.read_exact_at(&mut back, *place).unwrap();
+            assert_eq!(&back[..], pattern(seed, 6));
+        }
+        assert!(allocated(&image) < 1 << 20);
+    }
+}
+
+#[test]
+fn an_unreadable_sector_fails_alone() {
+    let Some(s) = scratch() else { return };
+    const BAD: u64 = 40_960;
+    for cache in ["none", "writeback"] {
+        // The image is a file on a device of ours, which has a bad sector.
+        let device = Mounted::fixed(200_000, 2);
+        let at = s.mountpoint("disk");
+        let daemon = Daemon::start(args!["-w", "--cache", cache, device.path, at]);
+        device.driver.fail_if(|call, offset, bytes| {
+            let hit = offset < BAD + 512 && offset + bytes > BAD;
+            let moves = matches!(call, Call::Read | Call::Write);
+            (hit && moves).then(|| io::Error::from_raw_os_error(libc::EIO))
+        });
+        let file = open(&at);
+        let mut back = [0; 512];
+        for sector in (0..200_000 / 512).map(|n| n * 512) {
+            let read = file.read_exact_at(&mut back, sector);
+            if sector == BAD {
+                assert_eq!(errno(read), libc::EIO);
+                continue;
+            }
+            read.unwrap_or_else(|e| panic!("{sector}: {e}"));
+            assert_eq!(&back[..], pattern(sector as usize, 512));
+        }
+        assert_eq!(errno(file.write_all_at(&[1; 4096], BAD)), libc::EIO);
+        file.write_all_at(&[1; 4096], BAD + 4096).unwrap();
+        assert_eq!(device.driver.bytes()[45_056..49_152], [1; 4096]);
+        // The sector is well again, and nothing keeps the failure in mind.
+        device.driver.fail_never();
+        file.write_all_at(&[2; 4096], BAD).unwrap();
+        file.sync_all().unwrap();
+        assert_eq!(fs::read(&at).unwrap()[40_960..45_056], [2; 4096]);
+        drop(file);
+        daemon.stop();
+    }
+}
+
+#[test]
+fn a_failed_flush_is_not_forgotten() {
+    let Some(s) = scratch() else { return };
+    let device = Mounted::fixed(200_000, 2);
+    let at = s.mountpoint("disk");
+    let daemon = Daemon::start(args!["-w", device.path, at]);
+    let file = open(&at);
+    file.write_all_at(&[1; 5000], 0).unwrap();
+    device.driver.fail_if(|call, _, _| {
+        (call == Call::Flush).then(|| io::Error::from_raw_os_error(libc::EIO))
+    });
+    assert_eq!(errno(file.sync_all()), libc::EIO);
+    device.driver.fail_never();
+    // What the first covered is lost, so no other may say that all is well.
+    assert_eq!(errno(file.sync_all()), libc::EIO);
+    drop(file);
+    daemon.signal(Signal::SIGTERM);
+    let end = daemon.wait(STOP);
+    assert_eq!(end.status.code(), Some(1), "{end:?}");
+    assert!(
+        end.stderr.contains("what was written may be lost"),
+        "{end:?}"
+    );
+}
+
+#[test]
+fn a_full_file_system_is_no_space_and_recovers() {
+    let Some(s) = scratch() else { return };
+    for cache in ["none", "writeback"] {
+        let small = Mount::new(
+            args!["-t", "tmpfs", "-o", "size=4M", "none"],
+            &s.join(format!("small-{cache}")),
+        );
+        let (image, other) = (small.path().join("disk.img"), small.path().join("other"));
+        File::create(&image).unwrap().set_len(16 << 20).unwrap();
+        fs::write(&other, [1; 1 << 20]).unwrap();
+        let at = s.mountpoint("disk");
+        let daemon = Daemon::start(args!["-w", "--growable", "--cache", cache, image, at]);
+        let file = open(&at);
+        let block = pattern(0, 65_536);
+        let mut written = 0;
+        let error = loop {
+            match file.write_all_at(&block, written) {
+                Ok(()) => written += 65_536,
+                Err(e) => break e,
+            }
+        };
+        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+        assert!(written >= 2 << 20, "{written}");
+        // What was written is there, and can be written over.
+        file.write_all_at(&block, 0).unwrap();
+        let mut back = vec![0; 65_536];
+        file.read_exact_at(&mut back, written - 65_536).unwrap();
+        assert_same(&back, &block);
+        // Nor does reserving work, and it changes nothing.
+        let all = fallocate(&file, FallocateFlags::empty(), 16 << 20, 8 << 20);
+        assert_eq!(all, Err(nix::errno::Errno::ENOSPC));
+        assert_eq!(file.metadata().unwrap().len(), 16 << 20);
+
+        fs::remove_file(&other).unwrap();
+        file.write_all_at(&block, written).unwrap();
+        file.sync_all().unwrap();
+        drop(file);
+        daemon.stop();
+        let content = fs::read(&image).unwrap();
+        for piece in content[..written as usize + 65_536].chunks(65_536) {
+            assert_same(piece, &block);
+        }
+        drop(small);
+    }
+}
+
+#[test]
+fn an_image_cut_short_behind_our_back_does_no_harm() {
+    let Some(s) = scratch() else { return };
+    for cache in ["none", "writeback"] {
+        let (image, at) = (
+            s.file("disk.img", &pattern(0, 1_000_000)),
+            s.mountpoint("disk"),
+        );
+        let mut daemon = Daemon::start(args!["-w", "--cache", cache, image, at]);
+        let file = open(&at);
+        open(&image).set_len(300_000).unwrap();
+        let mut back = vec![0xaa; 1_000_000];
+        // Zeroes, the end, or an error: anything but a crash or old bytes.
+        match file.read_at(&mut back, 0) {
+            Ok(n) => {
+                let kept = n.min(300_000);
+                assert_same(&back[..kept], &pattern(0, kept));
+                assert!(back[kept..n].iter().all(|b| *b == 0));
+            }
+            Err(e) => assert_eq!(e.raw_os_error(), Some(libc::EIO)),
+        }
+        assert!(matches!(
+            file.read_at(&mut back[..4096], 900_000),
+            Ok(0 | 4096) | Err(_)
+        ));
+        let _ = map_of(&file);
+        let _ = fallocate(&file, PUNCH, 500_000, 1000);
+        let _ = file.write_at(&[1; 1000], 700_000);
+        let _ = file.sync_all();
+        let _ = file.metadata();
+        file.write_all_at(&[2; 1000], 1000).unwrap();
+        assert!(daemon.is_running());
+        drop(file);
+        daemon.stop();
+        let content = fs::read(&image).unwrap();
+        assert_same(&content[..1000], &pattern(0, 1000));
+        assert_same(&content[1000..2000], &[2; 1000]);
+        assert_same(&content[2000..300_000], &pattern(2000, 298_000));
+    }
+}
+
+#[test]
+fn a_block_device_is_exported_like_a_file() {
+    let Some(s) = scratch() else { return };
+    let image = s.file("disk.img", &pattern(0, 1 << 20));
+    let Some(device) = Loop::attach(&image, &[]) else {
+        return;
+    };
+    let at = s.mountpoint("disk");
+    for cache in ["none", "writeback"] {
+        let daemon = Daemon::start(args!["-w", "--cache", cache, device.0, at]);
+        assert!(
+            daemon.ready[0].contains("(1 MiB, writable)"),
+            "{:?}",
+            daemon.ready
+        );
+        let file = open(&at);
+        file.write_all_at(&pattern(9, 10_001), 3333).unwrap();
+        fallocate(&file, PUNCH, 65_536, 65_536).unwrap();
+        file.sync_all().unwrap();
+        let mut expected = pattern(0, 1 << 20);
+        expected[3333..13_334].copy_from_slice(&pattern(9, 10_001));
+        expected[65_536..131_072].fill(0);
+        assert_same(&fs::read(&at).unwrap(), &expected);
+        // Claimed: the kernel mounts it for nobody else.
+        let claim = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_EXCL)
+            .open(&device.0);
+        assert_eq!(errno(claim), libc::EBUSY);
+        drop(file);
+        daemon.stop();
+    }
+    let why = refusal(args!["-w", "--growable", device.0, at]);
+    assert!(
+        why.ends_with("a block device cannot grow; leave --growable out"),
+        "{why}"
+    );
+}
+
+// --- Other people's programs ------------------------------------------------
+
+#[test]
+fn plain_tools_copy_in_and_out() {
+    let Some(s) = scratch() else { return };
+    let content = pattern(0, 3_000_001);
+    let source = s.file("source", &content);
+    let (image, at, copy) = (
+        s.sparse("disk.img", 0),
+        s.mountpoint("disk"),
+        s.join("copy"),
+    );
+    let daemon = Daemon::start(args!["-w", "--growable", image, at]);
+    run("cp", args![source, at]);
+    run("cmp", args![source, at]);
+    run("cp", args!["--sparse=always", at, copy]);
+    run("cmp", args![source, copy]);
+    let to = |path: &Path| format!("of={}", path.display());
+    let from = |path: &Path| format!("if={}", path.display());
+    run(
+        "dd",
+        args![
+            from(&source),
+            to(&at),
+            "bs=7777",
+            "oflag=append",
+            "conv=notrunc"
+        ],
+    );
+    assert_eq!(fs::metadata(&at).unwrap().len(), 6_000_002);
+    run("dd", args![from(&at), to(&copy), "bs=1M", "iflag=direct"]);
+    assert_same(
+        &fs::read(&copy).unwrap(),
+        &[&content[..], &content].concat(),
+    );
+    // Every time a file is copied in, it becomes exactly that file.
+    let short = s.file("short", b"short");
+    run("cp", args![short, at]);
+    assert_eq!(fs::read(&at).unwrap(), b"short");
+    run("truncate", args!["-s", "12345", at]);
+    assert_eq!(fs::metadata(&image).unwrap().len(), 12_345);
+    run("dd", args![from(&source), to(&at), "bs=1M", "oflag=direct"]);
+    run("cmp", args![source, at]);
+    daemon.stop();
+    assert_same(&fs::read(&image).unwrap(), &content);
+}
+
+#[test]
+fn a_database_lives_in_an_export() {
+    let Some(s) = scratch() else { return };
+    if !installed(&["sqlite3"]) {
+        return;
+    }
+    let (image, at) = (s.sparse("db", 0), s.mountpoint("disk"));
+    let daemon = Daemon::start(args!["-w", "--growable", image, at]);
+    // Its journal lies beside it, on the file system below.
+    let sql = "PRAGMA journal_mode=DELETE; CREATE TABLE t(n INTEGER PRIMARY KEY, s TEXT);\
+        WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n+1 FROM c WHERE n<20000)\
+        INSERT INTO t SELECT n, hex(randomblob(20)) FROM c;\
+        DELETE FROM t WHERE n%3=0; UPDATE t SET s='x'||s WHERE n%5=0; VACUUM;\
+        PRAGMA mmap_size=10000000; PRAGMA integrity_check; SELECT count(*) FROM t;";
+    let said = run("sqlite3", args![at, sql]);
+    assert!(
+        said.contains("\nok\n") && said.ends_with("13334\n"),
+        "{said}"
+    );
+    daemon.stop();
+    let check = "PRAGMA integrity_check; SELECT count(*) FROM t;";
+    let said = run("sqlite3", args![image, check]);
+    assert_eq!(said, "ok\n13334\n");
+}
+
+#[test]
+fn a_file_system_lives_in_an_export() {
+    let Some(s) = scratch() else { return };
+    if !installed(&["mkfs.ext4", "e2fsck", "losetup", "mount"]) {
+        return;
+    }
+    for cache in ["none", "writeback"] {
+        let (image, at) = (s.sparse("disk.img", 64 << 20), s.mountpoint("disk"));
+        let daemon = Daemon::start(args!["-w", "--cache", cache, image, at]);
+        run("mkfs.ext4", args!["-q", "-F", at]);
+        run("e2fsck", args!["-fn", at]);
+        let Some(device) = Loop::attach(&at, &["--direct-io=on"]) else {
+            return;
+        };
+        let inside = Mount::new(args![device.0], &s.join(format!("inside-{cache}")));
+        let file = inside.path().join("file");
+        fs::write(&file, pattern(0, 5_000_000)).unwrap();
+        assert_same(&fs::read(&file).unwrap(), &pattern(0, 5_000_000));
+        drop(inside);
+        device.detach();
+        run("e2fsck", args!["-fn", at]);
+        daemon.stop();
+        run("e2fsck", args!["-fn", image]);
+    }
 }
