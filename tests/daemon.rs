@@ -481,7 +481,7 @@ fn an_image_may_be_its_own_mountpoint() {
     let Some(s) = scratch() else { return };
     let image = s.file("disk.img", &pattern(0, 70_000));
     let daemon = Daemon::start(args!["-w", "--growable", image, image]);
-    assert_eq!(s.mounts(), [image.clone()]);
+    assert_eq!(s.mounts(), std::slice::from_ref(&image));
     assert_same(&fs::read(&image).unwrap(), &pattern(0, 70_000));
     let file = open(&image);
     file.write_all_at(b"through the export", 100).unwrap();
@@ -505,7 +505,7 @@ fn a_mountpoint_may_be_a_symbolic_link() {
     );
     symlink(&at, &link).unwrap();
     let daemon = Daemon::start(args![image, link]);
-    assert_eq!(s.mounts(), [at.clone()]);
+    assert_eq!(s.mounts(), std::slice::from_ref(&at));
     assert_same(&fs::read(&link).unwrap(), &[5; 777]);
     assert_same(&fs::read(&at).unwrap(), &[5; 777]);
     daemon.stop();
@@ -544,7 +544,7 @@ fn paths_may_contain_anything() {
             // A line break in the name is one in what is said, too.
             let lines = 1 + 3 * usize::from(name.as_bytes().contains(&b'\n'));
             let daemon = Daemon::start_several(arguments, lines);
-            assert_eq!(s.mounts(), [at.clone()]);
+            assert_eq!(s.mounts(), std::slice::from_ref(&at));
             assert_same(&fs::read(&at).unwrap(), &pattern(number, 12_345));
             daemon.stop();
             assert_eq!(s.mounts(), [] as [PathBuf; 0]);
@@ -856,12 +856,12 @@ fn a_killed_daemon_can_be_started_again_on_its_dead_mount() {
         daemon.kill();
         let dead = fs::metadata(&at);
         assert_eq!(errno(dead), libc::ENOTCONN);
-        assert_eq!(s.mounts(), [at.clone()]);
+        assert_eq!(s.mounts(), std::slice::from_ref(&at));
         assert!(file.write_at(&[0xff; 10], 0).is_err());
     }
     let daemon = Daemon::start(args![image, at]);
     assert_eq!(fs::read(&at).unwrap()[..10_000], [3; 10_000]);
-    assert_eq!(s.mounts(), [at.clone()]);
+    assert_eq!(s.mounts(), std::slice::from_ref(&at));
     daemon.stop();
     assert_eq!(s.mounts(), [] as [PathBuf; 0]);
 }
