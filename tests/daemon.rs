@@ -109,6 +109,8 @@ fn a_writable_export_writes_what_it_is_told() {
                 at
             ]);
             assert!(daemon.ready[0].contains("(1000000 bytes, writable)"));
+            let queues = format!(" {threads} queues");
+            eventually("a message", || daemon.stderr().contains(&queues));
             // Four writers at once, each with its own quarter.
             thread::scope(|scope| {
                 for quarter in 0..4u8 {
@@ -754,6 +756,90 @@ fn it_ends_under_load() {
     }
 }
 
+#[test]
+fn what_was_acknowledged_is_in_the_image_at_the_end() {
+    let Some(s) = scratch() else { return };
+    const WRITERS: usize = 4;
+    const PART: u64 = 8 << 20;
+    for cache in ["none", "writeback"] {
+        let length = PART * WRITERS as u64;
+        let (image, at) = (s.sparse("disk.img", length), s.mountpoint("disk"));
+        let daemon = Daemon::start(args!["-w", "--threads", "2", "--cache", cache, image, at]);
+        let acknowledged = thread::scope(|scope| {
+            let writers = [0, 1, 2, 3].map(|writer| {
+                let file = open(&at);
+                scope.spawn(move || {
+                    let start = writer as u64 * PART;
+                    // Round and round, until somebody ends it.
+                    for block in 0.. {
+                        let offset = start + (block * 5000) % (PART - 5000);
+                        let data = block.to_le_bytes().repeat(625);
+                        if file.write_all_at(&data, offset).is_err() {
+                            return block;
+                        }
+                    }
+                    unreachable!()
+                })
+            });
+            eventually("some load", || allocated(&image) > 4 << 20);
+            daemon.stop();
+            writers.map(|writer| writer.join().unwrap())
+        });
+        let raw = fs::read(&image).unwrap();
+        for (writer, end) in acknowledged.into_iter().enumerate() {
+            // The last ones of each writer overlap nothing that came later.
+            for block in end.saturating_sub(1000)..end {
+                let offset = writer as u64 * PART + (block * 5000) % (PART - 5000);
+                let found = &raw[offset as usize..offset as usize + 5000];
+                // What was refused may have been written all the same.
+                let refused = (end * 5000) % (PART - 5000) + writer as u64 * PART;
+                if refused.abs_diff(offset) >= 5000 {
+                    assert_same(found, &block.to_le_bytes().repeat(625));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn further_signals_force_the_end() {
+    let Some(s) = scratch() else { return };
+    let device = Mounted::fixed(200_000, 2);
+    let at = s.mountpoint("disk");
+    let daemon = Daemon::start(args!["-w", device.path, at]);
+    device.driver.hold();
+    thread::scope(|scope| {
+        let file = open(&at);
+        let reader = scope.spawn(move || file.read_exact_at(&mut [0; 4096], 0));
+        device.driver.wait_for_held(1);
+        daemon.signal(Signal::SIGTERM);
+        eventually("the end", || daemon.stderr().contains("SIGTERM: stopping"));
+        daemon.signal(Signal::SIGINT);
+        eventually("force", || daemon.stderr().contains("stopping by force"));
+        // Now the client is free, although the image does not answer.
+        assert!(reader.join().unwrap().is_err());
+        daemon.signal(Signal::SIGTERM);
+        eventually("giving up", || daemon.stderr().contains("gave up waiting"));
+        // The kernel lets no process end before its requests are answered.
+        device.driver.release();
+        let end = daemon.wait(STOP);
+        assert_eq!(end.status.code(), Some(1), "{end:?}");
+    });
+}
+
+#[test]
+fn nobody_has_to_listen() {
+    let Some(s) = scratch() else { return };
+    let at = s.mountpoint("disk");
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec \"$@\" >&- 2>/dev/full </dev/null", "sh"]);
+    command.arg(blkfused().get_program()).arg("ram:1M").arg(&at);
+    let daemon = Daemon::spawn(command, 0);
+    eventually("a mount", || !s.mounts().is_empty());
+    assert_eq!(fs::read(&at).unwrap().len(), 1 << 20);
+    daemon.stop();
+}
+
 /// All of a file in memory, for reading and writing.
 fn map(file: &File) -> MmapMut {
     // SAFETY: the test changes the file in no other way while it is mapped, and
@@ -963,6 +1049,25 @@ fn an_image_that_qemu_writes_is_refused() {
     });
     drop(holder);
     Daemon::start(args!["-w", image, at]).stop();
+}
+
+#[test]
+fn a_running_program_is_no_image_to_write() {
+    let Some(s) = scratch() else { return };
+    let (program, at) = (s.join("program"), s.mountpoint("disk"));
+    run("cp", args![blkfused().get_program(), program]);
+    let mut command = Command::new(&program);
+    command
+        .args(args!["ram:1M", s.mountpoint("other")])
+        .stdin(Stdio::null());
+    let running = Daemon::spawn(command, 1);
+    let why = refusal(args!["-w", program, at]);
+    assert!(
+        why.contains("it is in use as a program or swap; stop that use first"),
+        "{why}"
+    );
+    Daemon::start(args![program, at]).stop();
+    running.stop();
 }
 
 #[test]
@@ -1376,6 +1481,16 @@ fn a_block_device_is_exported_like_a_file() {
         drop(file);
         daemon.stop();
     }
+    let mut exclusive = OpenOptions::new();
+    let exclusive = exclusive.read(true).custom_flags(libc::O_EXCL);
+    let user = exclusive.open(&device.0).unwrap();
+    let why = refusal(args!["-w", device.0, at]);
+    assert!(
+        why.contains(": the device is in use; unmount it first"),
+        "{why}"
+    );
+    Daemon::start(args![device.0, at]).stop();
+    drop(user);
     let why = refusal(args!["-w", "--growable", device.0, at]);
     assert!(
         why.ends_with("a block device cannot grow; leave --growable out"),
