@@ -189,7 +189,7 @@ fn fio_grows_a_file() {
     for_setups(0, true, |s, at| {
         for round in 0..3 * scale() {
             fs::File::create(at).unwrap();
-            let size = 40 << 20;
+            let size = 64 << 20;
             let said = run(
                 "fio",
                 args![
@@ -199,7 +199,7 @@ fn fio_grows_a_file() {
                     format!("--size={size}"),
                     format!("--randseed={round}"),
                     "--rw=write",
-                    "--bs=2M",
+                    "--bs=8M",
                     "--ioengine=libaio",
                     "--iodepth=16",
                     "--direct=1",
