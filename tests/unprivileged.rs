@@ -105,15 +105,11 @@ fn as_nobody(fuse: Fuse, conf: &str, body: impl FnOnce(&User) + Send) {
 fn forget_other_mounts() {
     let fuse = || {
         let table = fs::read_to_string("/proc/thread-self/mounts").unwrap();
-        let mut lines = table.lines().map(|line| line.split(' '));
-        let found = lines.find_map(|mut fields| {
-            let path = fields.nth(1)?;
-            fields
-                .next()?
-                .starts_with("fuse.blkfuse")
-                .then(|| path.to_owned())
-        });
-        found
+        table.lines().find_map(|line| {
+            let mut fields = line.split(' ');
+            let path = fields.nth(1)?.to_owned();
+            fields.next()?.starts_with("fuse.blkfuse").then_some(path)
+        })
     };
     for _ in 0..1000 {
         let Some(path) = fuse() else { return };
