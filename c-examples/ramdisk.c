@@ -2,8 +2,10 @@
  * ramdisk.c - the smallest host: a 64 MiB device in memory, shown as a file.
  *
  *   cc ramdisk.c -o ramdisk $(pkg-config --cflags --libs blkfuse)
- *   touch disk && ./ramdisk disk          (Ctrl-C ends it)
+ *   touch disk && ./ramdisk disk [QUEUES]          (Ctrl-C ends it)
  */
+#define _POSIX_C_SOURCE 200809L
+
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -41,8 +43,8 @@ int main(int argc, char **argv)
     sigset_t stop;
     int signal_number;
 
-    if (argc != 2) {
-        fprintf(stderr, "usage: ramdisk FILE\n");
+    if (argc < 2 || argc > 3) {
+        fprintf(stderr, "usage: ramdisk FILE [QUEUES]\n");
         return 2;
     }
     sigemptyset(&stop);
@@ -56,6 +58,7 @@ int main(int argc, char **argv)
     ops.write = disk_write;
     if (blkfuse_export_create(&disk_export, &ops, NULL) < 0 ||
         blkfuse_export_set_str(disk_export, "mountpoint", argv[1]) < 0 ||
+        blkfuse_export_set_str(disk_export, "queues", argc == 3 ? argv[2] : "0") < 0 ||
         blkfuse_export_set_bool(disk_export, "writable", true) < 0 ||
         blkfuse_export_start(disk_export) < 0) {
         fprintf(stderr, "ramdisk: %s\n", blkfuse_error_message());

@@ -17,13 +17,13 @@
  *   delete, delete_wait         any, once nobody else uses the export
  *   request_complete, request_ctx, request_queue_ctx     any
  *   error_message               speaks of the calling thread
- * No function but blkfuse_export_drain(), _start(), _stop() and _delete_wait()
- * blocks. The library installs no signal handlers, prints nothing, changes
- * nothing of the process, and opens everything close-on-exec.
+ * No function but blkfuse_export_drain(), _start(), _stop(), _delete() and
+ * _delete_wait() waits for anything. The library installs no signal handlers,
+ * prints nothing, changes nothing of the process, and opens everything
+ * close-on-exec.
  *
  * Licence: MIT OR Apache-2.0. Generated from src/capi; do not edit.
  */
-
 #ifndef BLKFUSE_H
 #define BLKFUSE_H
 
@@ -295,7 +295,9 @@ struct blkfuse_driver_ops {
      */
     void (*batch_end)(void *opaque, uint32_t queue, void *queue_ctx);
     /**
-     * In a drain, the number of requests in flight has become 0.
+     * In a drain, the number of requests in flight has become 0: ask
+     * blkfuse_export_drain_poll(). From any queue's thread; may come more
+     * often than needed, and late.
      */
     void (*idle)(void *opaque);
     /**
@@ -380,12 +382,13 @@ extern "C" {
  *
  * `ops` is copied. `opaque` is passed to every callback and must stay valid
  * until ops->deleted was called. Nothing is mounted yet, and no callback is
- * called before blkfuse_export_start().
+ * called before blkfuse_export_start(). On failure `*out` is unchanged, and
+ * `deleted` is not called.
  *
- * Returns 0; -EINVAL: a pointer is NULL, or `struct_size` is too small, or a
- * required callback is missing; -ENOTSUP: the table's API version is newer
- * than this library; -E2BIG: the table has callbacks that this library does
- * not know.
+ * Returns 0; -EINVAL: a pointer is NULL, or `struct_size` cannot be right, or
+ * a required callback is missing, or `request_ctx_size` is too large;
+ * -ENOTSUP: the table's API version is not one that this library knows;
+ * -E2BIG: the table has callbacks that this library does not know.
  *
  * # Safety
  * `out` and `ops` must point to what their types say, the latter to
@@ -414,7 +417,8 @@ int blkfuse_export_create(struct blkfuse_export **out,
  * export halted, or empty).
  *
  * Returns 0; -ENOENT: no such property; -EINVAL: the wrong type or value;
- * -EBUSY: the export was started; -EPERM: the property can only be read.
+ * -EBUSY: the export was started, or is being started; -EPERM: the property
+ * can only be read.
  *
  * # Safety
  * `export` must be a live export or NULL, `key` a string or NULL.
@@ -488,8 +492,12 @@ int blkfuse_export_get_str(const struct blkfuse_export *export_,
  * the properties were changed.
  *
  * Calls length, limits and queue_start, the latter on the queues' threads,
- * and waits for them. Failing with a negative errno; the message says what of
- * which object failed, and what to do.
+ * and waits for them. Data callbacks and the event STARTED may come before
+ * this returns; until then the export does not count as started.
+ *
+ * Returns 0; -EINVAL: it was started before, or the settings contradict each
+ * other; or another negative errno. The message says what of which object
+ * failed, and what to do.
  *
  * # Safety
  * `export` must be a live export or NULL.
@@ -501,7 +509,8 @@ int blkfuse_export_start(struct blkfuse_export *export_);
  * Drains nest: requests are begun again when as many
  * blkfuse_export_drain_end() have followed. Does not block.
  *
- * Returns 0; -EDEADLK: called from a callback of this export.
+ * Returns 0; -EDEADLK: called from a callback of this export; -EINVAL: not
+ * started.
  *
  * # Safety
  * `export` must be a live export or NULL.
@@ -511,7 +520,7 @@ int blkfuse_export_drain_begin(struct blkfuse_export *export_);
 /**
  * Whether a request is still in flight: 1 or 0. Does not block. In a drain,
  * 0 means that no callback for a request is running or pending, and none will
- * start. ops->idle is called when that becomes so.
+ * start. ops->idle is called when that becomes so. -EINVAL: not started.
  *
  * # Safety
  * `export` must be a live export or NULL.
@@ -520,7 +529,7 @@ int blkfuse_export_drain_poll(struct blkfuse_export *export_);
 
 /**
  * Ends a drain; with the last one, requests that have waited are served.
- * Does not block. -EINVAL: there is no drain.
+ * Does not block. -EINVAL: there is no drain, or not started.
  *
  * # Safety
  * `export` must be a live export or NULL.
@@ -533,7 +542,8 @@ int blkfuse_export_drain_end(struct blkfuse_export *export_);
  * is negative. Must not be called by a thread that is needed to complete
  * requests.
  *
- * Returns 0; -ETIMEDOUT; -EDEADLK: called from a callback of this export.
+ * Returns 0; -ETIMEDOUT; -EDEADLK: called from a callback of this export;
+ * -EINVAL: not started.
  *
  * # Safety
  * `export` must be a live export or NULL.
@@ -566,9 +576,10 @@ int blkfuse_export_stop(struct blkfuse_export *export_, uint32_t flags);
 
 /**
  * Drops the host's reference to `*export` and clears the pointer. Stops the
- * export if that has not happened. The export goes away when its last request
- * in flight is completed; then ops->deleted is called once, by whatever
- * thread, perhaps before this returns. A NULL or cleared pointer is fine.
+ * export if that has not happened, and waits for the unmounting as
+ * blkfuse_export_stop() does. The export goes away when its last request in
+ * flight is completed; then ops->deleted is called once, by whatever thread,
+ * perhaps before this returns. A NULL or cleared pointer is fine.
  *
  * Returns 0; -EDEADLK: called from a callback of this export; -EBUSY: it is
  * being started. On failure nothing has changed.
@@ -609,9 +620,9 @@ uint32_t blkfuse_version(void);
 
 /**
  * Sends the library's log to `callback`, with everything up to `level`
- * (BLKFUSE_LOG_*). NULL ends that. There is one log in a process; without a
- * callback nothing is logged. When this returns, the callback that it
- * replaced is not running and will not be called again.
+ * (BLKFUSE_LOG_*). NULL ends that, whatever `level` is. There is one log in a
+ * process; without a callback nothing is logged. When this returns, the
+ * callback that it replaced is not running and will not be called again.
  *
  * Returns 0; -EINVAL: no such level; -EBUSY: the process has a logger that is
  * not ours, as a Rust program may.
@@ -632,8 +643,9 @@ int blkfuse_set_log_callback(uint32_t level, blkfuse_log_callback callback, void
  * drain, and after blkfuse_export_delete(). It neither blocks nor calls back,
  * so the host may hold locks.
  *
- * Returns 0; -EALREADY: the request was completed before (noticed as long as
- * the export lives); -EINVAL: `request` is NULL.
+ * Returns 0; -EALREADY: the request was completed before, which is noticed
+ * while the export lives and unless very many requests have come since;
+ * -EINVAL: `request` is NULL.
  *
  * # Safety
  * `request` must be NULL or have been given to a callback of an export that
@@ -678,8 +690,6 @@ int blkfuse_export_get_stats(const struct blkfuse_export *export_,
 }  // extern "C"
 #endif  // __cplusplus
 
-#endif  /* BLKFUSE_H */
-
 /** The members with which a struct blkfuse_driver_ops must begin, for C's
     designated initialisers. */
 #define BLKFUSE_DRIVER_OPS_INIT                                               \
@@ -693,3 +703,5 @@ static inline void blkfuse_driver_ops_init(struct blkfuse_driver_ops *ops)
     ops->struct_size = sizeof(*ops);
     ops->api_version = BLKFUSE_API_VERSION;
 }
+
+#endif /* BLKFUSE_H */

@@ -7,6 +7,8 @@
 
 mod driver;
 mod error;
+#[cfg(test)]
+mod layout;
 mod log;
 mod request;
 mod stats;
@@ -78,20 +80,17 @@ impl blkfuse_export {
             }
             config.clone()
         };
+        // Also if the start panics: an export must stay deletable.
+        let starting = Starting(&self.starting);
         let device = config.fuse_fd;
-        let result = self.start_with(config);
-        match result {
-            Ok(()) => {
-                if let Some(number) = device {
-                    // SAFETY: by blkfuse_export_start()'s contract a
-                    // successful start takes over the descriptor that the
-                    // host gave; nobody else closes it.
-                    drop(unsafe { OwnedFd::from_raw_fd(number) });
-                }
-            }
-            Err(_) => self.starting.store(false, SeqCst),
+        self.start_with(config)?;
+        std::mem::forget(starting);
+        if let Some(number) = device {
+            // SAFETY: by the contract of "fuse-fd" a successful start takes
+            // over the descriptor that the host gave; nobody else closes it.
+            drop(unsafe { OwnedFd::from_raw_fd(number) });
         }
-        result
+        Ok(())
     }
 
     fn start_with(&self, config: Config) -> Result<()> {
@@ -106,6 +105,20 @@ impl blkfuse_export {
         Ok(())
     }
 }
+
+/// A start that has not succeeded; its end lets another one be tried.
+struct Starting<'a>(&'a AtomicBool);
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, SeqCst);
+    }
+}
+
+const _: fn() = || {
+    fn any_thread<T: Send + Sync>() {}
+    any_thread::<blkfuse_export>();
+};
 
 /// A descriptor of our own for what the host's `number` refers to, so that
 /// the host keeps its own if the start fails.
@@ -157,12 +170,13 @@ fn timeout(milliseconds: i64) -> Option<Duration> {
 ///
 /// `ops` is copied. `opaque` is passed to every callback and must stay valid
 /// until ops->deleted was called. Nothing is mounted yet, and no callback is
-/// called before blkfuse_export_start().
+/// called before blkfuse_export_start(). On failure `*out` is unchanged, and
+/// `deleted` is not called.
 ///
-/// Returns 0; -EINVAL: a pointer is NULL, or `struct_size` is too small, or a
-/// required callback is missing; -ENOTSUP: the table's API version is newer
-/// than this library; -E2BIG: the table has callbacks that this library does
-/// not know.
+/// Returns 0; -EINVAL: a pointer is NULL, or `struct_size` cannot be right, or
+/// a required callback is missing, or `request_ctx_size` is too large;
+/// -ENOTSUP: the table's API version is not one that this library knows;
+/// -E2BIG: the table has callbacks that this library does not know.
 ///
 /// # Safety
 /// `out` and `ops` must point to what their types say, the latter to
@@ -209,7 +223,8 @@ pub unsafe extern "C" fn blkfuse_export_create(
 /// export halted, or empty).
 ///
 /// Returns 0; -ENOENT: no such property; -EINVAL: the wrong type or value;
-/// -EBUSY: the export was started; -EPERM: the property can only be read.
+/// -EBUSY: the export was started, or is being started; -EPERM: the property
+/// can only be read.
 ///
 /// # Safety
 /// `export` must be a live export or NULL, `key` a string or NULL.
@@ -363,8 +378,12 @@ pub unsafe extern "C" fn blkfuse_export_get_str(
 /// the properties were changed.
 ///
 /// Calls length, limits and queue_start, the latter on the queues' threads,
-/// and waits for them. Failing with a negative errno; the message says what of
-/// which object failed, and what to do.
+/// and waits for them. Data callbacks and the event STARTED may come before
+/// this returns; until then the export does not count as started.
+///
+/// Returns 0; -EINVAL: it was started before, or the settings contradict each
+/// other; or another negative errno. The message says what of which object
+/// failed, and what to do.
 ///
 /// # Safety
 /// `export` must be a live export or NULL.
@@ -378,7 +397,8 @@ pub unsafe extern "C" fn blkfuse_export_start(export: *mut blkfuse_export) -> c_
 /// Drains nest: requests are begun again when as many
 /// blkfuse_export_drain_end() have followed. Does not block.
 ///
-/// Returns 0; -EDEADLK: called from a callback of this export.
+/// Returns 0; -EDEADLK: called from a callback of this export; -EINVAL: not
+/// started.
 ///
 /// # Safety
 /// `export` must be a live export or NULL.
@@ -395,7 +415,7 @@ pub unsafe extern "C" fn blkfuse_export_drain_begin(export: *mut blkfuse_export)
 
 /// Whether a request is still in flight: 1 or 0. Does not block. In a drain,
 /// 0 means that no callback for a request is running or pending, and none will
-/// start. ops->idle is called when that becomes so.
+/// start. ops->idle is called when that becomes so. -EINVAL: not started.
 ///
 /// # Safety
 /// `export` must be a live export or NULL.
@@ -411,7 +431,7 @@ pub unsafe extern "C" fn blkfuse_export_drain_poll(export: *mut blkfuse_export) 
 }
 
 /// Ends a drain; with the last one, requests that have waited are served.
-/// Does not block. -EINVAL: there is no drain.
+/// Does not block. -EINVAL: there is no drain, or not started.
 ///
 /// # Safety
 /// `export` must be a live export or NULL.
@@ -431,7 +451,8 @@ pub unsafe extern "C" fn blkfuse_export_drain_end(export: *mut blkfuse_export) -
 /// is negative. Must not be called by a thread that is needed to complete
 /// requests.
 ///
-/// Returns 0; -ETIMEDOUT; -EDEADLK: called from a callback of this export.
+/// Returns 0; -ETIMEDOUT; -EDEADLK: called from a callback of this export;
+/// -EINVAL: not started.
 ///
 /// # Safety
 /// `export` must be a live export or NULL.
@@ -490,9 +511,10 @@ pub unsafe extern "C" fn blkfuse_export_stop(export: *mut blkfuse_export, flags:
 }
 
 /// Drops the host's reference to `*export` and clears the pointer. Stops the
-/// export if that has not happened. The export goes away when its last request
-/// in flight is completed; then ops->deleted is called once, by whatever
-/// thread, perhaps before this returns. A NULL or cleared pointer is fine.
+/// export if that has not happened, and waits for the unmounting as
+/// blkfuse_export_stop() does. The export goes away when its last request in
+/// flight is completed; then ops->deleted is called once, by whatever thread,
+/// perhaps before this returns. A NULL or cleared pointer is fine.
 ///
 /// Returns 0; -EDEADLK: called from a callback of this export; -EBUSY: it is
 /// being started. On failure nothing has changed.

@@ -244,7 +244,11 @@ impl Control {
 
     /// The length that the driver says it has, checked.
     pub(crate) fn driver_length(&self) -> Result<u64> {
-        let length = self.hooks.length();
+        let length = {
+            // Also where the owner's own thread asks, this is a callback.
+            let _marked = self.dispatching();
+            self.hooks.length()
+        };
         let length = length.map_err(|e| Error::from_io("the driver's length", &e))?;
         if length > MAX_LENGTH {
             let text = format!("the driver's length of {length} bytes is more than 2^63 - 1");

@@ -11,6 +11,8 @@
 use std::future::Future;
 use std::io;
 
+use crate::slot::Traces;
+
 /// A block device, as the engine sees it.
 ///
 /// **Threads.** Methods are called from the threads of all queues at once, so
@@ -103,8 +105,9 @@ pub trait BlockDriver: Send + Sync + 'static {
     }
 
     /// Sets the length, in bytes. What is cut off is gone; what is added
-    /// reads as zeroes. Called by one request at a time, while no write,
-    /// discard or zeroing is in flight if the length becomes smaller.
+    /// reads as zeroes. Called by one request at a time; while no other data
+    /// method but [`flush`](Self::flush) is in flight if the length becomes
+    /// smaller.
     fn truncate(&self, io: &Io<'_>, length: u64) -> impl Future<Output = io::Result<()>> {
         async { unsupported() }
     }
@@ -200,17 +203,16 @@ pub struct QueueInfo {
 #[derive(Debug)]
 pub struct ReadBuf<'a> {
     data: &'a mut [u8],
-    /// How far the payload may hold anything but zeroes.
-    dirty: &'a mut usize,
+    traces: &'a mut Traces,
     filled: bool,
 }
 
 impl<'a> ReadBuf<'a> {
-    /// `dirty`: `data[dirty..]` is known to be zero.
-    pub(crate) fn new(data: &'a mut [u8], dirty: &'a mut usize) -> Self {
+    /// `data` is the beginning of what `traces` speaks of.
+    pub(crate) fn new(data: &'a mut [u8], traces: &'a mut Traces) -> Self {
         Self {
             data,
-            dirty,
+            traces,
             filled: false,
         }
     }
@@ -227,17 +229,21 @@ impl<'a> ReadBuf<'a> {
     /// The bytes, all of which the driver must set.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         self.filled = true;
-        *self.dirty = (*self.dirty).max(self.data.len());
+        self.traces.wrote(self.data.len());
         self.data
     }
 
     /// Sets all bytes to zero, at no cost where they are known to be.
     pub fn zero(&mut self) {
         self.filled = true;
-        let end = (*self.dirty).min(self.data.len());
-        self.data[..end].fill(0);
-        if *self.dirty <= self.data.len() {
-            *self.dirty = 0;
+        let len = self.data.len();
+        self.data[..self.traces.dirty.min(len)].fill(0);
+        if self.traces.untouched < len {
+            self.data[self.traces.untouched..].fill(0);
+            self.traces.untouched = len;
+        }
+        if self.traces.dirty <= len {
+            self.traces.dirty = 0;
         }
     }
 

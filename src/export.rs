@@ -168,6 +168,8 @@ struct Shared {
     /// Whether the unmounting has begun, gently and by force.
     unmounting: AtomicBool,
     forcing: AtomicBool,
+    /// The threads that unmount.
+    unmounters: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -216,6 +218,7 @@ fn start<D: BlockDriver>(driver: D, config: Config, device: Option<OwnedFd>) -> 
         running: AtomicUsize::new(queues),
         unmounting: AtomicBool::new(false),
         forcing: AtomicBool::new(false),
+        unmounters: Mutex::default(),
     });
     let threads = start_queues(&shared, &driver, queues)?;
     let export = Export {
@@ -370,7 +373,7 @@ fn start_queues<D: BlockDriver>(
 fn join(threads: Vec<JoinHandle<()>>) {
     for thread in threads {
         if thread.thread().id() != thread::current().id() && thread.join().is_err() {
-            log::error!("a queue's thread panicked");
+            log::error!("a thread panicked");
         }
     }
 }
@@ -391,6 +394,10 @@ impl<D: BlockDriver> QueueStarter<D> {
             log::warn!("a queue's thread cannot block signals: {errno}");
         }
         let (shared, index) = (self.shared.clone(), self.index);
+        let control = shared.control.clone();
+        // All of this thread's calls of the driver are callbacks, not only
+        // those in a dispatch.
+        let _marked = control.dispatching();
         let queue = self.open();
         let outcome = queue.as_ref().map(drop).map_err(Error::clone);
         // The receiver is gone only if the start has failed already.
@@ -476,12 +483,28 @@ impl Shared {
 
     /// Takes the file away, then has the queues end.
     fn unmount(&self, how: Unmount) {
-        if let Some(mount) = self.mount.get()
-            && let Err(error) = mount.unmount(how)
-        {
-            log::warn!("{}: {error}", self.control.name);
+        if let Some(mount) = self.mount.get() {
+            let open = self.to_be_written_back(how).then(|| mount.open_file());
+            if let Err(error) = mount.unmount(how) {
+                log::warn!("{}: {error}", self.control.name);
+            }
+            if let Some(file) = open.flatten()
+                && let Err(errno) = nix::unistd::syncfs(&file)
+            {
+                let name = &self.control.name;
+                log::warn!("{name}: mapped memory was not written back: {errno}");
+            }
         }
         self.control.advance(Phase::Closed);
+    }
+
+    /// Whether clients may have changed mapped memory that nobody has written
+    /// back: closing the file does that, but the export ends before.
+    fn to_be_written_back(&self, how: Unmount) -> bool {
+        how == Unmount::Lazy
+            && self.control.phase() == Phase::Stopping
+            && self.file.policy.writable
+            && self.file.open_count() > 0
     }
 }
 
@@ -524,9 +547,11 @@ impl Export {
                 signal.signal();
             });
         match spawned {
-            Ok(_) if control.is_dispatching() => {}
-            Ok(_) => {
-                done.wait(Some(Instant::now() + UNMOUNT_PATIENCE));
+            Ok(unmounter) => {
+                shared.unmounters.lock().push(unmounter);
+                if !control.is_dispatching() {
+                    done.wait(Some(Instant::now() + UNMOUNT_PATIENCE));
+                }
             }
             Err(e) => {
                 log::warn!("{}: no thread to unmount in: {e}", control.name);
@@ -550,7 +575,8 @@ impl Export {
         }
         let name = self.shared.control.name.clone();
         self.stop(Stop::Lazy)?;
-        let threads = std::mem::take(&mut self.threads);
+        let mut threads = std::mem::take(&mut self.threads);
+        threads.append(&mut self.shared.unmounters.lock());
         let gone = self.gone.clone();
         drop(self);
         if !gone.wait(deadline) {

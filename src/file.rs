@@ -3,7 +3,7 @@
 //! All queues share it. What changes often is an atomic, or is counted by
 //! each queue for itself; what changes rarely is behind a lock.
 
-use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering::*};
 use std::time::SystemTime;
 
 use crossbeam_utils::CachePadded;
@@ -32,11 +32,18 @@ pub(crate) struct FilePolicy {
 pub(crate) struct File {
     pub(crate) policy: FilePolicy,
     length: AtomicU64,
+    /// How far the content reaches. Less than the length while writes that
+    /// have made the file longer are under way.
+    reached: AtomicU64,
     /// Held while the length is changed.
     pub(crate) resizing: async_lock::Mutex<()>,
-    /// What changes the image's content passes here; shrinking closes it.
-    pub(crate) changes: Gate,
+    /// What reads or changes the image's content passes here; shrinking
+    /// closes it.
+    pub(crate) uses: Gate,
     open_count: AtomicU64,
+    /// An open with O_TRUNC has had the kernel believe that the file is empty,
+    /// which it is not, and no attributes have put that right yet.
+    believed_empty: AtomicBool,
     mode: AtomicU32,
     uid: AtomicU32,
     gid: AtomicU32,
@@ -98,9 +105,11 @@ impl File {
         Self {
             policy,
             length: AtomicU64::new(length),
+            reached: AtomicU64::new(length),
             resizing: async_lock::Mutex::new(()),
-            changes: Gate::new(queues),
+            uses: Gate::new(queues),
             open_count: AtomicU64::new(0),
+            believed_empty: AtomicBool::new(false),
             mode: AtomicU32::new(if policy.writable { 0o600 } else { 0o400 }),
             uid: AtomicU32::new(policy.uid),
             gid: AtomicU32::new(policy.gid),
@@ -121,7 +130,25 @@ impl File {
 
     /// The driver's length is this now.
     pub(crate) fn set_length(&self, length: u64) {
+        self.reached.store(length, Relaxed);
         self.length.store(length, Release);
+    }
+
+    /// The driver's length is this now, so that a write has room.
+    pub(crate) fn make_room(&self, length: u64) {
+        self.length.store(length, Release);
+    }
+
+    /// A write up to `end` has succeeded.
+    pub(crate) fn written(&self, end: u64) {
+        if end > self.reached.load(Relaxed) {
+            self.reached.fetch_max(end, Relaxed);
+        }
+    }
+
+    /// How far the content reaches; exact while no write is under way.
+    pub(crate) fn reached(&self) -> u64 {
+        self.reached.load(Relaxed)
     }
 
     /// `queue` has changed the content.
@@ -138,6 +165,18 @@ impl File {
         let _ = self
             .open_count
             .fetch_update(Relaxed, Relaxed, |n| n.checked_sub(1));
+    }
+
+    /// O_TRUNC was ignored.
+    pub(crate) fn truncation_ignored(&self) {
+        self.believed_empty.store(true, Relaxed);
+    }
+
+    /// Whether a truncation to `length` is what the kernel does by itself when
+    /// an asynchronous write fails: it goes back to the length it believes in.
+    /// After an ignored O_TRUNC that would empty the image.
+    pub(crate) fn is_false_rollback(&self, length: u64) -> bool {
+        length == 0 && self.believed_empty.load(Relaxed)
     }
 
     /// How often the file is open.
@@ -177,8 +216,11 @@ impl File {
         Ok(())
     }
 
-    /// The attributes; `allocated` is in bytes.
+    /// The attributes, for the kernel; `allocated` is in bytes.
     pub(crate) fn attributes(&self, allocated: u64) -> Attr {
+        if self.believed_empty.load(Relaxed) {
+            self.believed_empty.store(false, Relaxed);
+        }
         let times = *self.times.lock();
         let changed = self.changed.iter().map(|t| t.load(Relaxed)).max();
         let changed = changed.unwrap_or(0);

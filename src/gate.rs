@@ -4,7 +4,7 @@
 //! Every queue counts its own passages in a cache line of its own, so passing
 //! costs no memory that two queues share. Closing is rare and pays for it.
 //! A drain is a gate around whole requests; shrinking the image is a gate
-//! around the operations that change it.
+//! around the operations that use its content.
 //!
 //! Ordering: who enters counts itself and then looks whether the gate is
 //! closed; who closes marks the gate and then looks at the counts. All four
@@ -27,6 +27,16 @@ pub(crate) struct Gate {
     emptied: Condvar,
 }
 
+/// What came of an attempt to go inside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Entry {
+    Inside,
+    /// The gate is closed. `emptied`: as [`Gate::leave`] says.
+    Closed {
+        emptied: bool,
+    },
+}
+
 impl Gate {
     pub(crate) fn new(queues: usize) -> Self {
         Self {
@@ -38,13 +48,18 @@ impl Gate {
     }
 
     /// Goes inside, unless the gate is closed.
-    pub(crate) fn try_enter(&self, queue: usize) -> bool {
+    pub(crate) fn try_enter(&self, queue: usize) -> Entry {
+        if self.is_closed() {
+            return Entry::Closed { emptied: false };
+        }
         self.inside[queue].fetch_add(1, SeqCst);
         if self.is_closed() {
-            self.leave(queue);
-            return false;
+            // For a moment it looked as if somebody were inside, and whoever
+            // looked waits to be told otherwise.
+            let emptied = self.leave(queue);
+            return Entry::Closed { emptied };
         }
-        true
+        Entry::Inside
     }
 
     /// Goes out; true if the gate is closed and nobody is left inside.
@@ -133,16 +148,16 @@ mod tests {
     #[test]
     fn a_closed_gate_lets_nobody_in_until_the_last_opening() {
         let gate = Gate::new(2);
-        assert!(gate.try_enter(1));
+        assert_eq!(gate.try_enter(1), Entry::Inside);
         gate.close();
         gate.close();
-        assert!(!gate.try_enter(0));
+        assert_ne!(gate.try_enter(0), Entry::Inside);
         assert!(!gate.is_empty());
         assert!(gate.leave(1));
         assert_eq!(gate.open(), Some(false));
-        assert!(!gate.try_enter(0));
+        assert_ne!(gate.try_enter(0), Entry::Inside);
         assert_eq!(gate.open(), Some(true));
-        assert!(gate.try_enter(0));
+        assert_eq!(gate.try_enter(0), Entry::Inside);
         assert!(!gate.leave(0));
         assert_eq!(gate.open(), None);
     }
@@ -150,7 +165,7 @@ mod tests {
     #[test]
     fn waiting_ends_at_the_deadline_while_somebody_is_inside() {
         let gate = Gate::new(1);
-        assert!(gate.try_enter(0));
+        assert_eq!(gate.try_enter(0), Entry::Inside);
         gate.close();
         assert!(!gate.wait_empty(Some(Instant::now() + Duration::from_millis(5))));
         gate.leave(0);
@@ -167,7 +182,7 @@ mod tests {
                 let (gate, alone) = (gate.clone(), alone.clone());
                 thread::spawn(move || {
                     for _ in 0..rounds {
-                        if gate.try_enter(queue) {
+                        if gate.try_enter(queue) == Entry::Inside {
                             assert!(!alone.load(SeqCst));
                             gate.leave(queue);
                         }

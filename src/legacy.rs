@@ -7,7 +7,7 @@
 //! request wakes one queue and not all of them.
 
 use std::fs::OpenOptions;
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
@@ -17,12 +17,14 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::uio::{readv, writev};
-use zerocopy::IntoBytes;
+use nix::sys::uio::writev;
+use nix::unistd::{read, write};
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::error::{Error, Result};
 use crate::protocol::{
-    Agreement, InHeader, Offer, OutHeader, negotiate, notify, opcode, operation_size,
+    Agreement, InHeader, OPERATION_SIZE, Offer, OutHeader, negotiate, notify, opcode,
+    operation_size,
 };
 use crate::slot::{Reply, Slot};
 use crate::transport::{Fetched, Transport};
@@ -37,6 +39,8 @@ const MIN_READ_BUFFER: usize = 8192;
 /// As much of the operation as is read in front of the payload: just a
 /// WRITE's, so that its data arrive where they are wanted.
 const OPERATION_READ: usize = 40;
+/// What is received in front of the payload.
+const FRONT: usize = size_of::<InHeader>() + OPERATION_READ;
 
 mod ioctl {
     nix::ioctl_read!(
@@ -120,7 +124,7 @@ fn receive_init<'a>(
             Ok(_) => {}
             Err(e) => return Err(failed("cannot wait for INIT", e)),
         }
-        match nix::unistd::read(device, buffer) {
+        match read(device, &mut *buffer) {
             Ok(len) => break len,
             Err(Errno::EINTR | Errno::EAGAIN) => continue,
             Err(e) => return Err(failed("cannot read INIT from the FUSE descriptor", e)),
@@ -138,7 +142,6 @@ fn receive_init<'a>(
 
 /// The header, if the message is as long as it says.
 fn parse_header(message: &[u8]) -> Option<InHeader> {
-    use zerocopy::FromBytes;
     let (header, _) = InHeader::read_from_prefix(message).ok()?;
     (header.len as usize == message.len()).then_some(header)
 }
@@ -190,6 +193,7 @@ pub(crate) struct Legacy {
     device: Arc<OwnedFd>,
     epoll: Epoll,
     wakeups: Arc<Wakeups>,
+    #[expect(clippy::vec_box, reason = "slots travel as boxes")]
     free: Vec<Box<Slot>>,
     made: usize,
     capacity: usize,
@@ -243,27 +247,16 @@ impl Legacy {
         Ok(Some(Box::new(slot)))
     }
 
-    /// Reads one message into `slot`; returns its length.
-    fn receive(&self, slot: &mut Slot) -> nix::Result<usize> {
-        let (head, payload) = slot.receive();
-        let mut parts = [
-            IoSliceMut::new(&mut head.in_out[..size_of::<InHeader>()]),
-            IoSliceMut::new(&mut head.operation[..OPERATION_READ]),
-            IoSliceMut::new(payload),
-        ];
-        readv(&*self.device, &mut parts)
-    }
-
-    /// Sends a reply of a header and `data`.
-    fn send(&self, unique: u64, errno: i32, data: &[u8]) -> Result<()> {
+    /// Sends an error, or success with `len` bytes of the payload.
+    fn send(&self, slot: &mut Slot, errno: i32, len: usize) -> Result<()> {
         let out = OutHeader {
-            len: (size_of::<OutHeader>() + data.len()) as u32,
+            len: (size_of::<OutHeader>() + len) as u32,
             error: -errno,
-            unique,
+            unique: slot.header.unique,
         };
-        let parts = [IoSlice::new(out.as_bytes()), IoSlice::new(data)];
+        let message = slot.outgoing(out.as_bytes(), len);
         loop {
-            return match writev(&*self.device, &parts) {
+            return match write(&*self.device, message) {
                 Ok(_) => Ok(()),
                 Err(Errno::EINTR) => continue,
                 // The request was aborted, or the connection is gone: the
@@ -277,43 +270,51 @@ impl Legacy {
     }
 
     /// Answers a message that cannot be trusted, if it shows its number.
-    fn distrust(&self, slot: &Slot, len: usize) -> Error {
-        if len >= size_of::<InHeader>()
-            && let Err(error) = self.send(slot.header().unique, libc::EIO, &[])
-        {
-            log::debug!("{error}");
-        }
+    fn distrust(&self, slot: &mut Slot, len: usize) -> Error {
+        let said = if len < size_of::<InHeader>() {
+            0
+        } else {
+            if let Err(error) = self.send(slot, libc::EIO, 0) {
+                log::debug!("{error}");
+            }
+            slot.header.len
+        };
         Error::new(
             libc::EPROTO,
-            format!(
-                "a FUSE message of {len} bytes says it has {}",
-                if len >= 4 { slot.header().len } else { 0 }
-            ),
+            format!("a FUSE message of {len} bytes says it has {said}"),
         )
     }
 }
 
 /// Puts a message of `len` bytes, just received, into the slot's shape:
-/// what its operation has in front, the rest in the payload. False if that
-/// leaves more than the payload can hold.
+/// header, operation, and the rest in the payload. False if that leaves more
+/// than the payload can hold.
 fn arrange(slot: &mut Slot, len: usize) -> bool {
+    let mut front = [0; FRONT];
+    front.copy_from_slice(&slot.receive(FRONT)[..FRONT]);
     let arguments = len - size_of::<InHeader>();
-    let operation = operation_size(slot.header().opcode).min(arguments);
-    let in_head = arguments.min(OPERATION_READ);
-    let in_payload = arguments - in_head;
+    let operation = operation_size(slot.header.opcode).min(arguments);
+    let in_front = arguments.min(OPERATION_READ);
+    let in_payload = arguments - in_front;
     let rest = arguments - operation;
-    let (head, payload) = slot.receive();
-    if rest > payload.len() {
+    if rest > slot.capacity() {
         return false;
     }
-    if operation > in_head {
-        let missing = operation - in_head;
-        head.operation[in_head..operation].copy_from_slice(&payload[..missing]);
+    let before = &front[size_of::<InHeader>()..][..in_front];
+    let kept = operation.min(in_front);
+    slot.operation[..kept].copy_from_slice(&before[..kept]);
+    if operation > in_front {
+        let missing = operation - in_front;
+        let mut tail = [0; OPERATION_SIZE];
+        let payload = slot.payload_mut();
+        tail[..missing].copy_from_slice(&payload[..missing]);
         payload.copy_within(missing..in_payload, 0);
-    } else if operation < in_head {
-        let surplus = in_head - operation;
-        payload.copy_within(..in_payload, surplus);
-        payload[..surplus].copy_from_slice(&head.operation[operation..in_head]);
+        slot.operation[in_front..operation].copy_from_slice(&tail[..missing]);
+    } else if operation < in_front {
+        let surplus = &before[operation..];
+        let payload = slot.payload_mut();
+        payload.copy_within(..in_payload, surplus.len());
+        payload[..surplus.len()].copy_from_slice(surplus);
     }
     slot.arrived(rest, rest.max(in_payload));
     true
@@ -331,17 +332,20 @@ impl Transport for Legacy {
             Err(error) => return Fetched::Broken(error),
         };
         let fetched = loop {
-            match self.receive(&mut slot) {
+            match read(&*self.device, slot.receive(FRONT)) {
                 // Not a kernel's doing: a stand-in for it has closed its end.
                 Ok(0) => break Fetched::Gone,
                 Ok(len) => {
-                    if len < size_of::<InHeader>() || slot.header().len as usize != len {
-                        break Fetched::Broken(self.distrust(&slot, len));
+                    if let Ok((header, _)) = InHeader::read_from_prefix(slot.receive(FRONT)) {
+                        slot.header = header;
+                    }
+                    if len < size_of::<InHeader>() || slot.header.len as usize != len {
+                        break Fetched::Broken(self.distrust(&mut slot, len));
                     }
                     if arrange(&mut slot, len) {
                         return Fetched::Request(slot);
                     }
-                    if let Err(error) = self.send(slot.header().unique, libc::EINVAL, &[]) {
+                    if let Err(error) = self.send(&mut slot, libc::EINVAL, 0) {
                         break Fetched::Broken(error);
                     }
                 }
@@ -357,12 +361,11 @@ impl Transport for Legacy {
         fetched
     }
 
-    fn commit(&mut self, slot: Box<Slot>) -> Result<()> {
-        let unique = slot.header().unique;
+    fn commit(&mut self, mut slot: Box<Slot>) -> Result<()> {
         let sent = match slot.reply {
             Reply::Nothing => Ok(()),
-            Reply::Error(errno) => self.send(unique, errno, &[]),
-            Reply::Payload(len) => self.send(unique, 0, slot.outgoing(len)),
+            Reply::Error(errno) => self.send(&mut slot, errno, 0),
+            Reply::Payload(len) => self.send(&mut slot, 0, len),
         };
         self.free.push(slot);
         sent
@@ -407,11 +410,9 @@ mod tests {
             nodeid: ROOT_ID,
             ..InHeader::default()
         };
-        let (head, payload) = slot.receive();
-        head.in_out[..size_of::<InHeader>()].copy_from_slice(header.as_bytes());
-        let split = body.len().min(OPERATION_READ);
-        head.operation[..split].copy_from_slice(&body[..split]);
-        payload[..body.len() - split].copy_from_slice(&body[split..]);
+        slot.header = header;
+        let message = [header.as_bytes(), body].concat();
+        slot.receive(FRONT)[..len].copy_from_slice(&message);
         let fits = arrange(&mut slot, len);
         (slot, fits)
     }
@@ -433,13 +434,13 @@ mod tests {
             ..SetattrIn::default()
         };
         let (slot, _) = read_into_slot(opcode::SETATTR, setattr.as_bytes());
-        assert_eq!(&slot.head.operation[..88], setattr.as_bytes());
+        assert_eq!(&slot.operation[..88], setattr.as_bytes());
         assert_eq!(slot.data(), b"");
 
         let name = [b'n'; 60];
         let body = [&[1, 2, 3, 4, 5, 6, 7, 8][..], &name].concat();
         let (slot, _) = read_into_slot(opcode::GETXATTR, &body);
-        assert_eq!(slot.head.operation[..8], [1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(slot.operation[..8], [1, 2, 3, 4, 5, 6, 7, 8]);
         assert_eq!(slot.data(), name);
 
         let (slot, _) = read_into_slot(opcode::LOOKUP, b"x\0");

@@ -1,4 +1,63 @@
 //! blkfuse presents a block device as a regular file through FUSE.
+//!
+//! A program supplies a [`BlockDriver`]; [`Export`] mounts a file system whose
+//! root *is* one regular file over an existing regular file, and turns every
+//! read, write, flush, fallocate, lseek and truncate on it into calls on the
+//! driver. The same engine has a C API, described in `include/blkfuse.h`.
+//!
+//! # Example
+//!
+//! A disk of one mebibyte that reads as the letter `b`:
+//!
+//! ```no_run
+//! use std::io;
+//!
+//! use blkfuse::{BlockDriver, Export, Io, ReadBuf};
+//!
+//! struct Letters;
+//!
+//! impl BlockDriver for Letters {
+//!     fn length(&self) -> io::Result<u64> {
+//!         Ok(1 << 20)
+//!     }
+//!
+//!     async fn read(&self, _: &Io<'_>, buf: &mut ReadBuf<'_>, _offset: u64) -> io::Result<()> {
+//!         buf.bytes_mut().fill(b'b');
+//!         Ok(())
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! std::fs::write("disk", "")?;
+//! let export = Export::builder(Letters).mountpoint("disk").start()?;
+//! // From now on everybody can read the file "disk".
+//! # let wait_for_a_reason_to_end = || {};
+//! wait_for_a_reason_to_end();
+//! export.delete(None)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # The way a request goes
+//!
+//! ```text
+//! client: read(2)          transport  ->  slot  ->  decode  ->  operation  ->  driver
+//!   -> kernel's FUSE  ->  (legacy.rs) (slot.rs) (request.rs) (operations.rs) (driver.rs)
+//!                          transport  <-  slot  <-  reply   <--------------------+
+//! ```
+//!
+//! A *queue* (queue.rs) owns a transport and a task (task.rs) for each of its
+//! slots; a thread of the library's runs it. The *export* (export.rs) is the
+//! life around the queues: mounting (mount.rs), the drain and the phases of
+//! life (control.rs, gate.rs), the file's attributes (file.rs). Data move
+//! once: the driver reads into and writes out of the slot's payload, which is
+//! what the kernel copies from and to.
+//!
+//! # What the library does to its process
+//!
+//! It starts threads, which block all signals. It installs no signal handler,
+//! prints nothing (it logs through the `log` crate), changes no state of the
+//! process, and opens every descriptor close-on-exec.
 
 mod capi;
 mod config;

@@ -17,7 +17,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, umount2};
+use nix::sys::stat::Mode;
 
 use crate::error::{Error, Result};
 use mountinfo::{MountEntry, MountId, MountTable};
@@ -280,6 +282,18 @@ impl Mount {
     /// How it was mounted: "fsmount", "mount" or "fusermount3".
     pub(crate) fn method(&self) -> &'static str {
         self.method.name()
+    }
+
+    /// Opens the mounted file, if it is still to be found. As
+    /// [`unmount`](Self::unmount), not for a thread that serves it.
+    pub(crate) fn open_file(&self) -> Option<OwnedFd> {
+        let Presence::Mounted(id) = self.claim.presence() else {
+            return None;
+        };
+        let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let file = open(self.path(), flags, Mode::empty()).ok()?;
+        let is_ours = MountId::of_file(file.as_fd()).is_some_and(|on| on.same_mount(&id));
+        is_ours.then_some(file)
     }
 
     /// Removes the mount, and only this one. Succeeds if it is gone already, or

@@ -18,6 +18,7 @@ use crate::control::{Owned, panic_message};
 use crate::driver::{BlockDriver, Extent, Io};
 use crate::error::errno_of;
 use crate::file::{Changes, File, NewTime};
+use crate::gate::Entry;
 use crate::protocol::{
     AttrOut, LseekOut, MAX_LENGTH, OpenOut, SetattrIn, StatfsOut, WriteOut, open_flag, set,
 };
@@ -54,8 +55,8 @@ pub(crate) async fn serve<D: BlockDriver>(
             io: Io::new(device.queue, index),
         };
         let decoded = decode(
-            &slot.header(),
-            &slot.head.operation,
+            &slot.header,
+            &slot.operation,
             slot.payload_len(),
             slot.capacity(),
         );
@@ -138,7 +139,11 @@ impl<D: BlockDriver> Request<'_, D> {
         slot.reply = Reply::Payload(0);
         match operation {
             Operation::Read { offset, size } => self.read(slot, offset, size).await,
-            Operation::Write { offset, size } => self.write(slot, offset, size).await,
+            Operation::Write {
+                offset,
+                size,
+                durable,
+            } => self.write(slot, offset, size, durable).await,
             Operation::Getattr => self.attributes(slot),
             Operation::Setattr(setattr) => self.setattr(slot, &setattr).await,
             Operation::Open { flags } => self.open(slot, flags).await,
@@ -165,6 +170,7 @@ impl<D: BlockDriver> Request<'_, D> {
     }
 
     async fn read(&self, slot: &mut Slot, offset: u64, size: usize) -> Outcome {
+        let inside = self.begin_use().await;
         let rest = self.file().length().saturating_sub(offset);
         let len = rest.min(size as u64) as usize;
         if len == 0 {
@@ -172,6 +178,7 @@ impl<D: BlockDriver> Request<'_, D> {
         }
         let mut buf = slot.read_buf(len);
         let result = self.driver().read(&self.io, &mut buf, offset).await;
+        drop(inside);
         result.map_err(|e| answerable(&e))?;
         if !buf.is_filled() {
             return Err(libc::EIO);
@@ -180,14 +187,23 @@ impl<D: BlockDriver> Request<'_, D> {
         Ok(len as u64)
     }
 
-    async fn write(&self, slot: &mut Slot, offset: u64, size: usize) -> Outcome {
+    async fn write(&self, slot: &mut Slot, offset: u64, size: usize, durable: bool) -> Outcome {
         self.check_writable()?;
-        let (change, len) = self.begin_write(offset, size).await?;
+        let (inside, len) = self.begin_write(offset, size).await?;
         let data = &slot.data()[..len];
         let result = self.driver().write(&self.io, data, offset).await;
-        drop(change);
-        result.map_err(|e| answerable(&e))?;
+        if result.is_ok() {
+            self.file().written(offset + len as u64);
+        }
+        drop(inside);
+        if let Err(e) = result {
+            self.take_back_room().await;
+            return Err(answerable(&e));
+        }
         self.file().touch(self.device.queue);
+        if durable {
+            self.flush().await?;
+        }
         slot.answer_with(&WriteOut {
             size: len as u32,
             padding: 0,
@@ -197,22 +213,22 @@ impl<D: BlockDriver> Request<'_, D> {
 
     /// Makes room for a write, as far as the file may grow. Returns how much
     /// of it may be written, with the length held from shrinking meanwhile.
-    async fn begin_write(&self, offset: u64, size: usize) -> Result<(Change<'_>, usize), Errno> {
+    async fn begin_write(&self, offset: u64, size: usize) -> Result<(Use<'_>, usize), Errno> {
         let file = self.file();
         let end = offset + size as u64;
         loop {
             if file.policy.growable && end > file.length() {
                 self.grow(end).await?;
             }
-            let change = self.begin_change().await;
+            let inside = self.begin_use().await;
             let length = file.length();
             if end <= length {
-                return Ok((change, size));
+                return Ok((inside, size));
             }
             if !file.policy.growable {
                 return match length.saturating_sub(offset) {
                     0 => Err(libc::ENOSPC),
-                    rest => Ok((change, rest as usize)),
+                    rest => Ok((inside, rest as usize)),
                 };
             }
             // Somebody has shrunk the file in between: grow it again.
@@ -223,9 +239,34 @@ impl<D: BlockDriver> Request<'_, D> {
     async fn grow(&self, end: u64) -> Result<(), Errno> {
         let _resizing = self.file().resizing.lock().await;
         if end > self.file().length() {
-            self.set_length(end).await?;
+            let result = self.driver().truncate(&self.io, end).await;
+            result.map_err(|e| answerable(&e))?;
+            self.file().make_room(end);
         }
         Ok(())
+    }
+
+    /// After a write has failed: gives back what room was made for writes and
+    /// none has filled, so that an append which failed leaves no zeroes. The
+    /// kernel does that by itself, but only for asynchronous writes.
+    async fn take_back_room(&self) {
+        let file = self.file();
+        if file.reached() >= file.length() {
+            return;
+        }
+        let _resizing = file.resizing.lock().await;
+        let _alone = Alone::begin(file).await;
+        let reached = file.reached();
+        if reached >= file.length() {
+            return;
+        }
+        match self.driver().truncate(&self.io, reached).await {
+            Ok(()) => file.set_length(reached),
+            Err(e) => log::error!(
+                "cannot take back the growth to {} bytes: {e}",
+                file.length()
+            ),
+        }
     }
 
     /// Tells the driver its new length. The caller holds `resizing`.
@@ -243,7 +284,8 @@ impl<D: BlockDriver> Request<'_, D> {
         let present = self.file().length();
         if length < present {
             // A write that is still under way past the new end would leave
-            // its bytes there, to reappear when the file grows again.
+            // its bytes there, to reappear when the file grows again; a read
+            // would ask the driver for what it no longer has.
             let _alone = Alone::begin(self.file()).await;
             self.set_length(length).await
         } else if length > present {
@@ -300,7 +342,7 @@ impl<D: BlockDriver> Request<'_, D> {
         if valid(others) {
             self.file().change(&changes)?;
         }
-        if valid(set::SIZE) {
+        if valid(set::SIZE) && !self.file().is_false_rollback(setattr.size) {
             self.truncate(setattr.size).await?;
         }
         self.attributes(slot)
@@ -312,8 +354,12 @@ impl<D: BlockDriver> Request<'_, D> {
         if writes || empties {
             self.check_writable()?;
         }
-        if empties && self.file().policy.growable {
-            self.truncate(0).await?;
+        if empties {
+            if self.file().policy.growable {
+                self.truncate(0).await?;
+            } else {
+                self.file().truncation_ignored();
+            }
         }
         self.file().opened();
         slot.answer_with(&OpenOut {
@@ -358,7 +404,9 @@ impl<D: BlockDriver> Request<'_, D> {
         let result = self.driver().truncate(&self.io, end).await;
         result.map_err(|e| answerable(&e))?;
         if let Err(errno) = self.zero_now(slot, offset.max(old), end, false).await {
-            // Nobody has seen the new length yet, so nothing is cut off.
+            // Nobody has seen the new length yet, so nothing is cut off; but
+            // the driver may rely on nothing being written meanwhile.
+            let _alone = Alone::begin(self.file()).await;
             if let Err(e) = self.driver().truncate(&self.io, old).await {
                 log::error!("cannot take back the growth to {end} bytes: {e}");
                 self.file().set_length(end);
@@ -372,7 +420,7 @@ impl<D: BlockDriver> Request<'_, D> {
 
     /// Punches a hole; what lies past the end of the file is ignored.
     async fn punch(&self, slot: &mut Slot, offset: u64, end: u64) -> Result<(), Errno> {
-        let change = self.begin_change().await;
+        let inside = self.begin_use().await;
         let end = end.min(self.file().length());
         if offset >= end {
             return Ok(());
@@ -381,7 +429,7 @@ impl<D: BlockDriver> Request<'_, D> {
         match result {
             Ok(()) => self.file().touch(self.device.queue),
             Err(e) if is_unsupported(&e) => {
-                drop(change);
+                drop(inside);
                 self.zero(slot, offset, end, true).await?;
             }
             Err(e) => return Err(answerable(&e)),
@@ -397,7 +445,7 @@ impl<D: BlockDriver> Request<'_, D> {
         end: u64,
         may_unmap: bool,
     ) -> Result<(), Errno> {
-        let _change = self.begin_change().await;
+        let _inside = self.begin_use().await;
         let end = end.min(self.file().length());
         if offset >= end {
             return Ok(());
@@ -442,6 +490,7 @@ impl<D: BlockDriver> Request<'_, D> {
             libc::SEEK_HOLE => true,
             _ => return Err(libc::EINVAL),
         };
+        let _inside = self.begin_use().await;
         let length = self.file().length();
         if offset >= length {
             return Err(libc::ENXIO);
@@ -507,15 +556,15 @@ impl<D: BlockDriver> Request<'_, D> {
         }
     }
 
-    /// Waits until the content may be changed; until the guard is dropped the
+    /// Waits until the content may be used; until the guard is dropped the
     /// file does not shrink.
-    async fn begin_change(&self) -> Change<'_> {
+    async fn begin_use(&self) -> Use<'_> {
         let (file, queue) = (self.file(), self.device.queue);
-        while !file.changes.try_enter(queue) {
+        while file.uses.try_enter(queue) != Entry::Inside {
             // Who closed the gate holds this lock until it is open again.
             drop(file.resizing.lock().await);
         }
-        Change { file, queue }
+        Use { file, queue }
     }
 }
 
@@ -532,34 +581,34 @@ fn new_time(now: bool, seconds: i64, nanos: u32) -> NewTime {
     }
 }
 
-/// A change of the content that is under way.
-struct Change<'a> {
+/// A use of the content that is under way.
+struct Use<'a> {
     file: &'a File,
     queue: usize,
 }
 
-impl Drop for Change<'_> {
+impl Drop for Use<'_> {
     fn drop(&mut self) {
-        self.file.changes.leave(self.queue);
+        self.file.uses.leave(self.queue);
     }
 }
 
-/// No change of the content is under way, and none begins.
+/// No use of the content is under way, and none begins.
 struct Alone<'a>(&'a File);
 
 impl<'a> Alone<'a> {
     /// The caller holds `file.resizing`, and keeps it for as long.
     async fn begin(file: &'a File) -> Self {
-        file.changes.close();
+        file.uses.close();
         let alone = Self(file);
-        poll_fn(|cx| file.changes.poll_empty(cx)).await;
+        poll_fn(|cx| file.uses.poll_empty(cx)).await;
         alone
     }
 }
 
 impl Drop for Alone<'_> {
     fn drop(&mut self) {
-        self.0.changes.open();
+        self.0.uses.open();
     }
 }
 

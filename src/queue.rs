@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use crate::control::{Control, Phase};
 use crate::error::Error;
+use crate::gate::Entry;
 use crate::slot::{Reply, Slot};
 use crate::task::{Answered, Task};
 use crate::transport::{Fetched, Transport};
@@ -137,7 +138,10 @@ impl<T: Transport> Queue<T> {
 
     /// Begins a request, or keeps it if there is a drain; false: no more now.
     fn begin(&mut self, slot: Box<Slot>) -> bool {
-        if !self.control.requests.try_enter(self.index) {
+        if let Entry::Closed { emptied } = self.control.requests.try_enter(self.index) {
+            if emptied {
+                self.control.hook(|h| h.idle());
+            }
             if self.control.phase() >= Phase::Stopping {
                 self.refuse(slot);
                 return true;

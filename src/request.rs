@@ -30,6 +30,8 @@ pub(crate) enum Operation {
     Write {
         offset: u64,
         size: usize,
+        /// It must be durable when it is answered.
+        durable: bool,
     },
     /// A descriptor is closed.
     Flush {
@@ -111,6 +113,9 @@ pub(crate) fn decode(
             Ok(Operation::Write {
                 offset: w.offset,
                 size: payload_len,
+                // O_SYNC includes it. No FSYNC follows a write that does not
+                // go through the page cache.
+                durable: w.flags & libc::O_DSYNC as u32 != 0,
             })
         }
         opcode::FLUSH => {
@@ -186,7 +191,8 @@ mod tests {
             request(opcode::WRITE, w.as_bytes(), 100),
             Ok(Operation::Write {
                 offset: 512,
-                size: 100
+                size: 100,
+                durable: false
             })
         );
         assert_eq!(request(opcode::WRITE, w.as_bytes(), 99), Err(libc::EINVAL));
@@ -272,7 +278,7 @@ mod tests {
             let header = InHeader { len, opcode: op, nodeid, ..InHeader::default() };
             match decode(&header, &bytes, payload, 4096) {
                 Ok(Operation::Read { size, .. }) => prop_assert!(size <= 4096),
-                Ok(Operation::Write { offset, size }) => {
+                Ok(Operation::Write { offset, size, .. }) => {
                     prop_assert!(size <= 4096 && size == payload);
                     prop_assert!(offset + size as u64 <= MAX_LENGTH);
                 }

@@ -45,10 +45,10 @@ pub(crate) mod memory {
 
     use std::collections::VecDeque;
 
-    use zerocopy::{FromBytes, IntoBytes};
+    use zerocopy::FromBytes;
 
     use super::*;
-    use crate::protocol::{InHeader, OPERATION_SIZE, OutHeader, ROOT_ID};
+    use crate::protocol::{InHeader, OutHeader, ROOT_ID};
     use crate::slot::Reply;
 
     /// A reply as the kernel would see it.
@@ -124,21 +124,19 @@ pub(crate) mod memory {
                 return Fetched::Nothing;
             };
             let (header, operation, payload) = self.incoming.pop_front().unwrap();
-            let (head, room) = slot.receive();
-            head.in_out[..size_of::<InHeader>()].copy_from_slice(header.as_bytes());
-            assert!(operation.len() <= OPERATION_SIZE);
-            head.operation[..operation.len()].copy_from_slice(&operation);
-            room[..payload.len()].copy_from_slice(&payload);
+            slot.header = header;
+            slot.operation[..operation.len()].copy_from_slice(&operation);
+            slot.payload_mut()[..payload.len()].copy_from_slice(&payload);
             slot.arrived(payload.len(), payload.len());
             Fetched::Request(slot)
         }
 
-        fn commit(&mut self, slot: Box<Slot>) -> Result<(), Error> {
-            let unique = slot.header().unique;
+        fn commit(&mut self, mut slot: Box<Slot>) -> Result<(), Error> {
+            let unique = slot.header.unique;
             let (error, data) = match slot.reply {
                 Reply::Nothing => (0, None),
                 Reply::Error(errno) => (errno, Some(Vec::new())),
-                Reply::Payload(len) => (0, Some(slot.outgoing(len).to_vec())),
+                Reply::Payload(len) => (0, Some(slot.outgoing(&[], len).to_vec())),
             };
             if let Some(data) = data {
                 assert!(size_of::<OutHeader>() + data.len() <= u32::MAX as usize);

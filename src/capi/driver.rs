@@ -1,11 +1,11 @@
 //! The table of C callbacks as a block driver.
 
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{c_char, c_int, c_void};
 use std::io;
 use std::sync::{Arc, OnceLock};
 
-use super::error::invalid;
-use super::request::{BLKFUSE_PENDING, CRequest, blkfuse_extent, blkfuse_request};
+use super::error::{c_text, invalid};
+use super::request::{BLKFUSE_PENDING, CRequest, blkfuse_extent, blkfuse_request, result_of};
 use crate::config::QUEUES_LIMIT;
 use crate::driver::{BlockDriver, Event, Extent, Features, Io, Limits, QueueInfo, ReadBuf};
 use crate::error::{Error, Result};
@@ -181,7 +181,9 @@ pub struct blkfuse_driver_ops {
     pub batch_end:
         Option<unsafe extern "C" fn(opaque: *mut c_void, queue: u32, queue_ctx: *mut c_void)>,
 
-    /// In a drain, the number of requests in flight has become 0.
+    /// In a drain, the number of requests in flight has become 0: ask
+    /// blkfuse_export_drain_poll(). From any queue's thread; may come more
+    /// often than needed, and late.
     pub idle: Option<unsafe extern "C" fn(opaque: *mut c_void)>,
     /// Something has happened: BLKFUSE_EVENT_*. From any thread. `error` is 0
     /// or a negative errno, `message` a sentence or "", valid in the call.
@@ -238,6 +240,9 @@ impl Drop for Host {
 const LEAST_SIZE: usize =
     std::mem::offset_of!(blkfuse_driver_ops, read) + size_of::<Option<unsafe extern "C" fn()>>();
 
+/// More than any table will ever have: a size that was not initialised.
+const MOST_SIZE: usize = 4096;
+
 impl CDriver {
     /// Copies a host's table.
     ///
@@ -253,6 +258,10 @@ impl CDriver {
         let given = unsafe { (&raw const (*ops).struct_size).read() };
         if given < LEAST_SIZE {
             let text = format!("the driver's table has {given} bytes, and needs {LEAST_SIZE}");
+            return Err(invalid(&text));
+        }
+        if given > MOST_SIZE || !given.is_multiple_of(size_of::<*const c_void>()) {
+            let text = format!("the driver's table cannot have {given} bytes");
             return Err(invalid(&text));
         }
         let known = given.min(full);
@@ -318,17 +327,10 @@ fn unsupported() -> io::Error {
 
 /// A size, or the negative errno that a callback returned in its place.
 fn size_of_device(value: i64) -> io::Result<u64> {
-    u64::try_from(value).map_err(|_| {
-        let errno = i32::try_from(-value).unwrap_or(libc::EIO);
-        io::Error::from_raw_os_error(errno)
+    u64::try_from(value).map_err(|_| match value {
+        -4095..0 => io::Error::from_raw_os_error(-value as i32),
+        _ => io::Error::from_raw_os_error(libc::EIO),
     })
-}
-
-fn status(result: c_int) -> io::Result<()> {
-    match result {
-        0 => Ok(()),
-        errno => Err(io::Error::from_raw_os_error(errno.wrapping_neg())),
-    }
 }
 
 // SAFETY, for all calls of callbacks below: the host promises by
@@ -452,7 +454,7 @@ impl BlockDriver for CDriver {
         let mut ctx = std::ptr::null_mut();
         if let Some(queue_start) = self.host.ops.queue_start {
             // SAFETY: see above; the place is a live local.
-            status(unsafe { queue_start(self.host.opaque, queue.index as u32, &mut ctx) })?;
+            result_of(unsafe { queue_start(self.host.opaque, queue.index as u32, &mut ctx) })?;
         }
         let size = self.host.ops.request_ctx_size as usize;
         let requests = (0..queue.slots).map(|_| CRequest::new(ctx, size)).collect();
@@ -499,8 +501,7 @@ impl BlockDriver for CDriver {
             Event::Halted { errno, message } => (BLKFUSE_EVENT_HALTED, *errno, message.as_str()),
             Event::Unmounted => (BLKFUSE_EVENT_UNMOUNTED, 0, ""),
         };
-        let text: Vec<u8> = text.bytes().filter(|b| *b != 0).collect();
-        let text = CString::new(text).unwrap_or_default();
+        let text = c_text(text);
         // SAFETY: see above; the text lives through the call.
         unsafe { callback(self.host.opaque, code, -errno, text.as_ptr()) };
     }

@@ -20,16 +20,28 @@ pub(super) fn guard(body: impl FnOnce() -> Result<c_int>) -> c_int {
         Err(Error::new(libc::ENOTRECOVERABLE, text))
     });
     outcome.unwrap_or_else(|error| {
-        let text: Vec<u8> = error.message().bytes().filter(|b| *b != 0).collect();
-        let text = CString::new(text).unwrap_or_default();
-        MESSAGE.with_borrow_mut(|message| *message = text);
-        -error.errno()
+        let text = c_text(error.message());
+        // There is none any more in a thread that is ending.
+        let _ = MESSAGE.try_with(|message| message.replace(text));
+        match error.errno() {
+            errno @ 1..=4095 => -errno,
+            // Must not pass for success, whatever a driver made of it.
+            _ => -libc::EIO,
+        }
     })
+}
+
+/// Text for C, which ends at the first NUL.
+pub(super) fn c_text(text: &str) -> CString {
+    let bytes: Vec<u8> = text.bytes().filter(|b| *b != 0).collect();
+    CString::new(bytes).unwrap_or_default()
 }
 
 /// This thread's message.
 pub(super) fn failed() -> *const c_char {
-    MESSAGE.with_borrow(|message| message.as_ptr())
+    MESSAGE
+        .try_with(|message| message.borrow().as_ptr())
+        .unwrap_or(c"".as_ptr())
 }
 
 pub(super) fn invalid(text: &str) -> Error {

@@ -1,11 +1,12 @@
 //! The log, for hosts that are not Rust programs.
 
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{c_char, c_int, c_void};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use log::{LevelFilter, Log, Metadata, Record};
 use parking_lot::RwLock;
 
-use super::error::{guard, invalid};
+use super::error::{c_text, guard, invalid};
 use crate::error::Error;
 
 /// Something failed; the export or the operation does not go on.
@@ -36,6 +37,9 @@ unsafe impl Sync for Target {}
 
 static TARGET: RwLock<Option<Target>> = RwLock::new(None);
 
+/// Whether the process's logger is ours. Changed only with `TARGET` locked.
+static INSTALLED: AtomicBool = AtomicBool::new(false);
+
 struct Bridge;
 
 impl Log for Bridge {
@@ -48,9 +52,7 @@ impl Log for Bridge {
         let Some(target) = target.as_ref() else {
             return;
         };
-        let text: Vec<u8> = record.args().to_string().into_bytes();
-        let text: Vec<u8> = text.into_iter().filter(|b| *b != 0).collect();
-        let text = CString::new(text).unwrap_or_default();
+        let text = c_text(&record.args().to_string());
         // SAFETY: the host promised that callback and opaque stay valid until
         // they are replaced, which the lock holds up until we are done.
         unsafe { (target.callback)(target.opaque, record.level() as u32, text.as_ptr()) };
@@ -60,9 +62,9 @@ impl Log for Bridge {
 }
 
 /// Sends the library's log to `callback`, with everything up to `level`
-/// (BLKFUSE_LOG_*). NULL ends that. There is one log in a process; without a
-/// callback nothing is logged. When this returns, the callback that it
-/// replaced is not running and will not be called again.
+/// (BLKFUSE_LOG_*). NULL ends that, whatever `level` is. There is one log in a
+/// process; without a callback nothing is logged. When this returns, the
+/// callback that it replaced is not running and will not be called again.
 ///
 /// Returns 0; -EINVAL: no such level; -EBUSY: the process has a logger that is
 /// not ours, as a Rust program may.
@@ -77,7 +79,13 @@ pub unsafe extern "C" fn blkfuse_set_log_callback(
     opaque: *mut c_void,
 ) -> c_int {
     guard(|| {
-        static BRIDGE: Bridge = Bridge;
+        let Some(callback) = callback else {
+            let mut target = TARGET.write();
+            if target.take().is_some() {
+                log::set_max_level(LevelFilter::Off);
+            }
+            return Ok(0);
+        };
         let filter = match level {
             BLKFUSE_LOG_ERROR => LevelFilter::Error,
             BLKFUSE_LOG_WARN => LevelFilter::Warn,
@@ -86,26 +94,15 @@ pub unsafe extern "C" fn blkfuse_set_log_callback(
             _ => return Err(invalid("no such log level")),
         };
         let mut target = TARGET.write();
-        // Fails if it is ours already, too; that is told by who got the log.
-        if log::set_logger(&BRIDGE).is_err() && !is_ours(&BRIDGE) {
-            return Err(Error::new(
-                libc::EBUSY,
-                "this process has a logger of its own",
-            ));
+        if !INSTALLED.load(Relaxed) {
+            log::set_logger(&Bridge).map_err(|_| {
+                let text = "this process has a logger that is not blkfuse's";
+                Error::new(libc::EBUSY, text)
+            })?;
+            INSTALLED.store(true, Relaxed);
         }
-        *target = callback.map(|callback| Target { callback, opaque });
-        log::set_max_level(if target.is_some() {
-            filter
-        } else {
-            LevelFilter::Off
-        });
+        *target = Some(Target { callback, opaque });
+        log::set_max_level(filter);
         Ok(0)
     })
-}
-
-fn is_ours(bridge: &'static Bridge) -> bool {
-    let installed: *const dyn Log = log::logger();
-    // A unit struct has no address to tell it by, but its vtable does for one
-    // type in one library.
-    std::ptr::eq(installed, bridge as &dyn Log)
 }

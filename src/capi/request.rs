@@ -19,6 +19,7 @@
 use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_void};
 use std::io;
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering::*};
 use std::task::{Context, Poll, Waker};
 
@@ -56,8 +57,10 @@ pub(super) struct CRequest {
     /// Where a block_status callback stores its answer.
     extent: UnsafeCell<blkfuse_extent>,
     queue_ctx: AtomicPtr<c_void>,
-    /// The host's room, in units that are aligned for anything.
-    ctx: UnsafeCell<Box<[u128]>>,
+    /// The host's room, in units that are aligned for anything; dangling if
+    /// there are none. Not a `Box`: the host's pointers into it may be used
+    /// whatever this side does.
+    ctx: NonNull<[u128]>,
 }
 
 const _: () = assert!(align_of::<CRequest>() == USES);
@@ -65,7 +68,7 @@ const _: () = assert!(align_of::<CRequest>() == USES);
 // SAFETY: `waker` is written by the queue's thread in Idle and used by one
 // completing thread in Waking, which the state keeps apart; `extent` is the
 // host's between begin and completion, and the queue's thread's otherwise;
-// `ctx` is never changed, only its bytes are, by the host.
+// `ctx` is never changed, only what it points to is, by the host.
 unsafe impl Sync for CRequest {}
 // SAFETY: nothing in it is tied to a thread.
 unsafe impl Send for CRequest {}
@@ -117,7 +120,8 @@ impl CRequest {
             waker: UnsafeCell::new(None),
             extent: UnsafeCell::default(),
             queue_ctx: AtomicPtr::new(queue_ctx),
-            ctx: UnsafeCell::new(vec![0; ctx_size.div_ceil(size_of::<u128>())].into()),
+            ctx: Box::leak(vec![0u128; ctx_size.div_ceil(size_of::<u128>())].into_boxed_slice())
+                .into(),
         }
     }
 
@@ -268,6 +272,14 @@ impl CRequest {
     }
 }
 
+impl Drop for CRequest {
+    fn drop(&mut self) {
+        // SAFETY: `new` leaked this box, and the host has no claim to it any
+        // more: no request is in flight.
+        drop(unsafe { Box::from_raw(self.ctx.as_ptr()) });
+    }
+}
+
 fn answered_already() -> Error {
     let text = "the request was completed before, or its callback did not return BLKFUSE_PENDING";
     Error::new(libc::EALREADY, text)
@@ -275,7 +287,7 @@ fn answered_already() -> Error {
 
 /// What a host's result means: 0, or a negative errno; anything else is the
 /// host's defect and must not count as success.
-fn result_of(result: i32) -> io::Result<()> {
+pub(super) fn result_of(result: i32) -> io::Result<()> {
     match result {
         0 => Ok(()),
         -4095..0 => Err(io::Error::from_raw_os_error(-result)),
@@ -309,8 +321,9 @@ unsafe fn resolve<'a>(request: *const blkfuse_request) -> Result<(&'a CRequest, 
 /// drain, and after blkfuse_export_delete(). It neither blocks nor calls back,
 /// so the host may hold locks.
 ///
-/// Returns 0; -EALREADY: the request was completed before (noticed as long as
-/// the export lives); -EINVAL: `request` is NULL.
+/// Returns 0; -EALREADY: the request was completed before, which is noticed
+/// while the export lives and unless very many requests have come since;
+/// -EINVAL: `request` is NULL.
 ///
 /// # Safety
 /// `request` must be NULL or have been given to a callback of an export that
@@ -339,13 +352,10 @@ pub unsafe extern "C" fn blkfuse_request_ctx(request: *mut blkfuse_request) -> *
     let Ok((request, _)) = (unsafe { resolve(request) }) else {
         return std::ptr::null_mut();
     };
-    // SAFETY: the box itself is never changed, so looking at it races with
-    // nothing; its bytes belong to the host.
-    let ctx = unsafe { &mut *request.ctx.get() };
-    if ctx.is_empty() {
+    if request.ctx.is_empty() {
         return std::ptr::null_mut();
     }
-    ctx.as_mut_ptr().cast()
+    request.ctx.cast::<c_void>().as_ptr()
 }
 
 /// What ops->queue_start stored for the queue of this request, or NULL.

@@ -74,6 +74,13 @@ impl Claim {
         }
     }
 
+    /// The mount that belongs to the claim.
+    pub(super) fn presence(&self) -> Presence {
+        let exports = EXPORTS.lock();
+        let export = exports.iter().find(|export| export.path == self.path);
+        export.map_or(Presence::Absent, |export| export.presence.clone())
+    }
+
     /// Takes the mount away, leaving none.
     pub(super) fn take(&self) -> Presence {
         let mut exports = EXPORTS.lock();

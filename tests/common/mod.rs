@@ -17,6 +17,9 @@ use blkfuse::{BlockDriver, Builder, Event, Export, Extent, Features, Io, Limits,
 use nix::mount::{MntFlags, umount2};
 use tempfile::TempDir;
 
+pub mod client;
+pub mod sparse;
+
 /// How long a test may take before its connection is aborted.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long tests wait for something that should happen at once.
@@ -40,6 +43,16 @@ pub fn skip(reason: &str) {
         "skipped, which BLKFUSE_NO_SKIP forbids: {reason}"
     );
     eprintln!("SKIPPED: {reason}");
+}
+
+/// Where Cargo has put the package's C libraries: beside the test programs.
+pub fn library_dir() -> PathBuf {
+    let program = std::env::current_exe().unwrap();
+    let dir = program.parent().unwrap().to_owned();
+    for library in ["libblkfuse.so", "libblkfuse.a"] {
+        assert!(dir.join(library).exists(), "no {library} in {dir:?}");
+    }
+    dir
 }
 
 /// Waits until `condition` holds; panics if it does not soon.
