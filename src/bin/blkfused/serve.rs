@@ -1,14 +1,12 @@
 //! The life of the exports: all of them start or none; each may end by
 //! itself; a signal ends the rest.
 
-use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::panic::resume_unwind;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
@@ -26,9 +24,8 @@ use crate::passed_fd;
 use crate::signals::Signals;
 use crate::size::Size;
 
-/// How long requests in flight, and what lies in clients' mapped memory, may
-/// take to arrive before the exports end anyway.
-const DRAIN: Duration = Duration::from_secs(1);
+/// How long requests in flight may take to end before the exports end anyway.
+const DRAIN: Duration = Duration::from_millis(500);
 /// How long the end of an export may take. It is near even while clients hold
 /// the file open; only a driver that does not answer delays it.
 const DELETE: Duration = Duration::from_secs(2);
@@ -44,8 +41,6 @@ struct Running {
 /// What is exported; outlives the export, to be flushed after it.
 struct Disk {
     name: String,
-    /// Unless somebody else mounted it.
-    mountpoint: Option<PathBuf>,
     writable: bool,
     image: Arc<Image>,
 }
@@ -126,8 +121,7 @@ fn start(
         .queues(config.threads)
         .source(pair.image.name());
     let path = mountpoint.display();
-    let passed = passed_fd::number(mountpoint);
-    let (builder, line) = match passed {
+    let (builder, line) = match passed_fd::number(mountpoint) {
         Some(fd) => (
             builder.fuse_fd(passed_fd::take(mountpoint, fd)?),
             format!("{what} is served over {path}; stop with Ctrl-C"),
@@ -140,7 +134,6 @@ fn start(
     let export = builder.start()?;
     let disk = Disk {
         name,
-        mountpoint: passed.is_none().then(|| mountpoint.to_owned()),
         writable: config.options.writable,
         image,
     };
@@ -237,10 +230,9 @@ fn stop_all(running: Vec<Option<Running>>, signals: &Signals) -> bool {
 
 /// Lets the requests in flight end and makes everything written durable.
 fn quiesce(running: &[Running]) {
-    let deadline = Instant::now() + DRAIN;
-    write_back(running, deadline);
     // A drain that cannot begin shows in the one that waits.
     let drains: Vec<_> = running.iter().map(|one| one.export.drain_begin()).collect();
+    let deadline = Instant::now() + DRAIN;
     for (one, drain) in running.iter().zip(drains) {
         let left = deadline.saturating_duration_since(Instant::now());
         if let Err(e) = drain.and_then(|()| one.export.drain(Some(left))) {
@@ -255,44 +247,6 @@ fn quiesce(running: &[Running]) {
             warn!("{}: {e}", one.disk.name);
         }
     }
-}
-
-/// Has the kernel hand over what clients wrote into mapped memory. Unmounting
-/// does not while they keep it mapped, and afterwards nobody would take it.
-fn write_back(running: &[Running], deadline: Instant) {
-    let (done, results) = mpsc::channel();
-    for disk in running.iter().map(|one| &one.disk) {
-        let Some(path) = disk.mountpoint.clone().filter(|_| disk.writable) else {
-            continue;
-        };
-        let done = done.clone();
-        // The answers come from our own queues; if they never do, only this
-        // thread waits, and the end of the process does not need it.
-        let spawned = thread::Builder::new().spawn(move || {
-            let result = sync_file(&path);
-            // If it took too long nobody listens any more.
-            let _ = done.send((path, result));
-        });
-        if let Err(e) = spawned {
-            warn!("{}: no thread to sync it in: {}", disk.name, Reason(&e));
-        }
-    }
-    drop(done);
-    let left = || deadline.saturating_duration_since(Instant::now());
-    while let Ok((path, result)) = results.recv_timeout(left()) {
-        if let Err(e) = result {
-            warn!("{}: cannot sync: {}", path.display(), Reason(&e));
-        }
-    }
-}
-
-fn sync_file(path: &Path) -> io::Result<()> {
-    OpenOptions::new()
-        .read(true)
-        // Never waits for whatever the path may have become meanwhile.
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)?
-        .sync_all()
 }
 
 /// Ends all exports and flushes their images; true if all went well.
