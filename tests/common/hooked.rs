@@ -33,10 +33,7 @@ pub struct Hooked {
 }
 
 impl Hooked {
-    pub fn new(
-        inner: Handle,
-        hook: impl Fn(At) -> io::Result<()> + Send + Sync + 'static,
-    ) -> Self {
+    pub fn new(inner: Handle, hook: impl Fn(At) -> io::Result<()> + Send + Sync + 'static) -> Self {
         Self {
             inner,
             hook: Box::new(hook),

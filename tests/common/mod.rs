@@ -242,7 +242,11 @@ impl Memory {
             .arrived
             .wait_timeout_while(held, SOON, |h| h.waiting < n)
             .unwrap();
-        assert!(!timeout.timed_out(), "{} of {n} calls arrived", held.waiting);
+        assert!(
+            !timeout.timed_out(),
+            "{} of {n} calls arrived",
+            held.waiting
+        );
     }
 
     /// Waits until an event satisfies `wanted`.
