@@ -221,6 +221,7 @@ impl Control {
 
     /// Tells the driver what has happened.
     pub(crate) fn tell(&self, event: &Event) {
+        let _marked = self.dispatching();
         let told = catch_unwind(AssertUnwindSafe(|| self.hooks.event(event)));
         if let Err(panic) = told {
             let message = panic_message(&*panic);
@@ -230,6 +231,7 @@ impl Control {
 
     /// Calls one of the driver's hooks; if it panics the export halts.
     pub(crate) fn hook(&self, call: impl FnOnce(&dyn Hooks)) {
+        let _marked = self.dispatching();
         let called = catch_unwind(AssertUnwindSafe(|| call(&*self.hooks)));
         if let Err(panic) = called {
             self.panicked(&panic_message(&*panic));
@@ -244,7 +246,8 @@ impl Control {
 
     /// The length that the driver says it has, checked.
     pub(crate) fn driver_length(&self) -> Result<u64> {
-        let length = self.hooks.length();
+        let mut length = Err(io::Error::from_raw_os_error(libc::ENOTRECOVERABLE));
+        self.hook(|h| length = h.length());
         let length = length.map_err(|e| Error::from_io("the driver's length", &e))?;
         if length > MAX_LENGTH {
             let text = format!("the driver's length of {length} bytes is more than 2^63 - 1");
@@ -258,7 +261,7 @@ impl Control {
         self.failure.lock().clone()
     }
 
-    /// Marks this thread as dispatching for this export.
+    /// Marks this thread as one that runs a callback of this export, or may.
     pub(crate) fn dispatching(&self) -> Dispatching {
         Dispatching(DISPATCHING.replace(self))
     }

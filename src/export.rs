@@ -146,6 +146,8 @@ impl<D: BlockDriver> Builder<D> {
 pub struct Export {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// Those that unmount.
+    unmounters: Mutex<Vec<JoinHandle<()>>>,
     gone: Arc<Latch>,
 }
 
@@ -220,6 +222,7 @@ fn start<D: BlockDriver>(driver: D, mut config: Config) -> Result<Export> {
     let export = Export {
         shared,
         threads,
+        unmounters: Mutex::new(Vec::new()),
         gone,
     };
     if let Some(mounting) = connection.mounting {
@@ -369,7 +372,7 @@ fn start_queues<D: BlockDriver>(
 fn join(threads: Vec<JoinHandle<()>>) {
     for thread in threads {
         if thread.thread().id() != thread::current().id() && thread.join().is_err() {
-            log::error!("a queue's thread panicked");
+            log::error!("one of the export's threads panicked");
         }
     }
 }
@@ -380,6 +383,19 @@ struct QueueStarter<D> {
     driver: Arc<Owned<D>>,
     index: usize,
     wakeups: Arc<Wakeups>,
+}
+
+/// The end of a queue's thread, however it comes.
+struct EndOfQueue(Arc<Shared>);
+
+impl Drop for EndOfQueue {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let text = "a queue's thread panicked";
+            self.0.control.halt(Error::new(libc::ENOTRECOVERABLE, text));
+        }
+        self.0.queue_ended();
+    }
 }
 
 impl<D: BlockDriver> QueueStarter<D> {
@@ -394,6 +410,8 @@ impl<D: BlockDriver> QueueStarter<D> {
         let outcome = queue.as_ref().map(drop).map_err(Error::clone);
         // The receiver is gone only if the start has failed already.
         let _ = report.send(outcome);
+        let ending = EndOfQueue(shared);
+        let shared = &ending.0;
         if let Ok(mut queue) = queue {
             loop {
                 match queue.dispatch(BUDGET) {
@@ -404,7 +422,6 @@ impl<D: BlockDriver> QueueStarter<D> {
             }
             shared.control.hook(|h| h.queue_stop(index));
         }
-        shared.queue_ended();
     }
 
     fn open(self) -> Result<Queue<Legacy>> {
@@ -497,11 +514,14 @@ impl Export {
     ///
     /// `EBUSY`: [`Stop::IfIdle`] and the file is open; nothing has happened.
     pub fn stop(&self, how: Stop) -> Result<()> {
+        self.stop_within(how, UNMOUNT_PATIENCE)
+    }
+
+    /// [`stop`](Self::stop), waiting no longer than `patience`.
+    fn stop_within(&self, how: Stop, patience: Duration) -> Result<()> {
         let shared = &self.shared;
         let control = &shared.control;
-        if how == Stop::IfIdle
-            && control.phase() == Phase::Serving
-            && shared.file.open_count() > 0
+        if how == Stop::IfIdle && control.phase() == Phase::Serving && shared.file.open_count() > 0
         {
             let text = format!("{}: the file is open", control.name);
             return Err(Error::new(libc::EBUSY, text));
@@ -512,6 +532,10 @@ impl Export {
             Stop::Lazy | Stop::IfIdle => (&shared.unmounting, Unmount::Lazy),
         };
         if begun.swap(true, SeqCst) {
+            return Ok(());
+        }
+        if shared.mount.get().is_none() {
+            shared.unmount(unmount);
             return Ok(());
         }
         // In a thread of its own: the last unmount may wait for requests
@@ -525,9 +549,11 @@ impl Export {
                 signal.signal();
             });
         match spawned {
-            Ok(_) if control.is_dispatching() => {}
-            Ok(_) => {
-                done.wait(Some(Instant::now() + UNMOUNT_PATIENCE));
+            Ok(thread) => {
+                self.unmounters.lock().push(thread);
+                if !control.is_dispatching() {
+                    done.wait(Some(Instant::now() + patience));
+                }
             }
             Err(e) => {
                 log::warn!("{}: no thread to unmount in: {e}", control.name);
@@ -550,8 +576,10 @@ impl Export {
             return Err(deadlock("delete"));
         }
         let name = self.shared.control.name.clone();
-        self.stop(Stop::Lazy)?;
-        let threads = std::mem::take(&mut self.threads);
+        let patience = timeout.map_or(UNMOUNT_PATIENCE, |t| t.min(UNMOUNT_PATIENCE));
+        self.stop_within(Stop::Lazy, patience)?;
+        let mut threads = std::mem::take(&mut self.threads);
+        threads.append(&mut self.unmounters.lock());
         let gone = self.gone.clone();
         drop(self);
         if !gone.wait(deadline) {
@@ -613,21 +641,39 @@ impl Export {
 
     /// The driver's length has changed without a client's doing: asks
     /// [`BlockDriver::length`] and tells the kernel. When this returns,
-    /// clients see the new length.
+    /// clients see the new length. `EDEADLK` within a callback: it waits for
+    /// a change of the length by a client that is under way.
     pub fn resized(&self) -> Result<()> {
-        let length = self.shared.control.driver_length()?;
-        self.shared.file.set_length(length);
-        if let Some(device) = &*self.shared.device.lock() {
-            legacy::notify_resized(device.as_fd(), length);
+        let shared = &self.shared;
+        if shared.control.is_dispatching() {
+            return Err(deadlock("resized"));
         }
+        // Else a client's growth could come between the driver's answer and
+        // its use, and the next growth would cut that one off.
+        let _resizing = shared.file.resizing.lock_blocking();
+        let length = shared.control.driver_length()?;
+        let device = shared.device.lock().clone();
+        let tell = |old| {
+            if let Some(device) = &device {
+                legacy::notify_resized(device.as_fd(), old, length);
+            }
+        };
+        let old = shared.file.length();
+        // Growth: the kernel first. After a failed write past its idea of the
+        // end it sends that idea as the new length, which must not cut off
+        // what was added. And again, for an answer with the old length may
+        // have been under way.
+        if length > old {
+            tell(old);
+        }
+        shared.file.set_length(length);
+        tell(old);
         Ok(())
     }
 
     /// What has been done so far.
     pub fn stats(&self) -> Stats {
-        self.shared
-            .stats
-            .sum(self.shared.control.requests.count())
+        self.shared.stats.sum()
     }
 
     /// Where the export is in its life.

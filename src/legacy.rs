@@ -121,6 +121,12 @@ fn receive_init<'a>(
             Err(e) => return Err(failed("cannot wait for INIT", e)),
         }
         match nix::unistd::read(device, buffer) {
+            Ok(0) => {
+                return Err(Error::new(
+                    libc::ENOTCONN,
+                    "the FUSE descriptor was closed at its other end before it brought INIT",
+                ));
+            }
             Ok(len) => break len,
             Err(Errno::EINTR | Errno::EAGAIN) => continue,
             Err(e) => return Err(failed("cannot read INIT from the FUSE descriptor", e)),
@@ -158,25 +164,40 @@ fn notify(device: BorrowedFd<'_>, code: i32, body: &[u8]) -> nix::Result<()> {
     writev(device, &parts).map(drop)
 }
 
-/// Tells the kernel that the file's length has changed from outside: its idea
-/// of the length grows at once, and its attributes are asked for anew. Must
-/// not be called by a thread that serves a queue.
-pub(crate) fn notify_resized(device: BorrowedFd<'_>, length: u64) {
+/// Tells the kernel that the file's length has changed from `old` by the
+/// host's doing: its idea of the length grows at once, and its attributes are
+/// asked for anew. Must not be called by a thread that serves a queue: it may
+/// wait for a page of the cache that a client is reading or writing.
+pub(crate) fn notify_resized(device: BorrowedFd<'_>, old: u64, length: u64) {
     use crate::protocol::{NotifyInvalInodeOut, NotifyStoreOut, ROOT_ID};
-    // Storing nothing at the new end stores nothing, but moves the end.
-    let store = NotifyStoreOut {
-        nodeid: ROOT_ID,
-        offset: length,
-        ..NotifyStoreOut::default()
+    let invalidate = |off, len| {
+        let range = NotifyInvalInodeOut {
+            ino: ROOT_ID,
+            off,
+            len,
+        };
+        notify(device, notify::INVAL_INODE, range.as_bytes())
     };
+    let grow = || {
+        // Only storing moves the kernel's idea of the end up at once, and only
+        // if there is a byte to store: which appends, asynchronous reads and
+        // asynchronous writes go by. The byte itself is taken out of the page
+        // cache, which knows nothing of the new range anyway.
+        let store = NotifyStoreOut {
+            nodeid: ROOT_ID,
+            offset: length - 1,
+            size: 1,
+            padding: 0,
+        };
+        let body = [store.as_bytes(), &[0]].concat();
+        let last = (length - 1) as i64;
+        invalidate(last, 1)?;
+        notify(device, notify::STORE, &body)?;
+        invalidate(last, 1)
+    };
+    let told = if length > old { grow() } else { Ok(()) };
     // A negative offset: the attributes alone, no page of the cache.
-    let invalidate = NotifyInvalInodeOut {
-        ino: ROOT_ID,
-        off: -1,
-        len: 0,
-    };
-    let told = notify(device, notify::STORE, store.as_bytes())
-        .and_then(|()| notify(device, notify::INVAL_INODE, invalidate.as_bytes()));
+    let told = told.and_then(|()| invalidate(-1, 0));
     // ENOENT: nobody has looked at the file yet, so there is nothing to tell.
     if let Err(errno) = told
         && errno != Errno::ENOENT

@@ -48,6 +48,8 @@ pub(crate) async fn serve<D: BlockDriver>(
 ) {
     loop {
         let mut slot = mailbox.receive().await;
+        let stats = device.stats.queue(device.queue);
+        stats.begun();
         let start = Instant::now();
         let request = Request {
             device: &device,
@@ -71,7 +73,6 @@ pub(crate) async fn serve<D: BlockDriver>(
         if let Err(errno) = outcome {
             slot.reply = Reply::Error(errno);
         }
-        let stats = device.stats.queue(device.queue);
         stats.record(kind, outcome, start.elapsed());
         mailbox.answer(slot, panic);
     }
@@ -316,9 +317,16 @@ impl<D: BlockDriver> Request<'_, D> {
             self.truncate(0).await?;
         }
         self.file().opened();
+        let flags = open_flag::DIRECT_IO | open_flag::PARALLEL_DIRECT_WRITES;
+        // A reader's close needs no answer, which could not come if it is
+        // this very process that exits with the file open.
+        let (fh, open_flags) = match writes {
+            true => (FH_WRITER, flags),
+            false => (FH_READER, flags | open_flag::NOFLUSH),
+        };
         slot.answer_with(&OpenOut {
-            fh: if writes { FH_WRITER } else { FH_READER },
-            open_flags: open_flag::DIRECT_IO | open_flag::PARALLEL_DIRECT_WRITES,
+            fh,
+            open_flags,
             backing_id: 0,
         });
         Ok(0)
@@ -511,7 +519,7 @@ impl<D: BlockDriver> Request<'_, D> {
     /// file does not shrink.
     async fn begin_change(&self) -> Change<'_> {
         let (file, queue) = (self.file(), self.device.queue);
-        while !file.changes.try_enter(queue) {
+        while file.changes.try_enter(queue).is_err() {
             // Who closed the gate holds this lock until it is open again.
             drop(file.resizing.lock().await);
         }

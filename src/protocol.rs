@@ -79,6 +79,7 @@ pub(crate) mod init_flag {
 /// Bits of `open_out.open_flags`.
 pub(crate) mod open_flag {
     pub(crate) const DIRECT_IO: u32 = 1 << 0;
+    pub(crate) const NOFLUSH: u32 = 1 << 5;
     pub(crate) const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 }
 

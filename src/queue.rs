@@ -76,6 +76,7 @@ impl<T: Transport> Queue<T> {
         if self.in_batch {
             self.in_batch = false;
             self.control.hook(|h| h.batch_end(self.index));
+            self.leave();
         }
         progress
     }
@@ -137,7 +138,10 @@ impl<T: Transport> Queue<T> {
 
     /// Begins a request, or keeps it if there is a drain; false: no more now.
     fn begin(&mut self, slot: Box<Slot>) -> bool {
-        if !self.control.requests.try_enter(self.index) {
+        if let Err(closed) = self.control.requests.try_enter(self.index) {
+            if closed.emptied {
+                self.control.hook(|h| h.idle());
+            }
             if self.control.phase() >= Phase::Stopping {
                 self.refuse(slot);
                 return true;
@@ -147,6 +151,8 @@ impl<T: Transport> Queue<T> {
         }
         if !self.in_batch {
             self.in_batch = true;
+            // Until the batch's end has been told the queue is not idle.
+            self.control.requests.enter_again(self.index);
             self.control.hook(|h| h.batch_begin(self.index));
         }
         self.in_flight += 1;
@@ -170,11 +176,15 @@ impl<T: Transport> Queue<T> {
         };
         self.commit(slot);
         self.in_flight -= 1;
-        if self.control.requests.leave(self.index) {
-            self.control.hook(|h| h.idle());
-        }
+        self.leave();
         if let Some(message) = panic {
             self.control.panicked(&message);
+        }
+    }
+
+    fn leave(&self) {
+        if self.control.requests.leave(self.index) {
+            self.control.hook(|h| h.idle());
         }
     }
 
@@ -215,7 +225,8 @@ impl<T: Transport> Queue<T> {
     /// served, so that a waiting request does not keep it awake.
     fn listen(&mut self) {
         let ending = self.ended || self.control.phase() == Phase::Closed;
-        let wanted = !ending && self.parked.is_empty();
+        let has_room = self.in_flight < self.transport.slots();
+        let wanted = !ending && has_room && self.parked.is_empty();
         if wanted != self.wants_requests {
             self.wants_requests = wanted;
             if let Err(error) = self.transport.want_requests(wanted) {
