@@ -68,12 +68,7 @@ pub trait BlockDriver: Send + Sync + 'static {
     ) -> impl Future<Output = io::Result<()>>;
 
     /// Writes `data` at `offset`; the range lies within the length.
-    fn write(
-        &self,
-        io: &Io<'_>,
-        data: &[u8],
-        offset: u64,
-    ) -> impl Future<Output = io::Result<()>> {
+    fn write(&self, io: &Io<'_>, data: &[u8], offset: u64) -> impl Future<Output = io::Result<()>> {
         async { unsupported() }
     }
 

@@ -189,10 +189,7 @@ mod tests {
                 size: 100
             })
         );
-        assert_eq!(
-            request(opcode::WRITE, w.as_bytes(), 99),
-            Err(libc::EINVAL)
-        );
+        assert_eq!(request(opcode::WRITE, w.as_bytes(), 99), Err(libc::EINVAL));
         assert_eq!(
             request(opcode::WRITE, &w.as_bytes()[..39], 0),
             Err(libc::EINVAL)
@@ -245,7 +242,10 @@ mod tests {
             opcode::RELEASE,
         ] {
             for len in 0..=OPERATION_SIZE {
-                assert_ne!(request(op, &[0xff; OPERATION_SIZE][..len], 0), Err(libc::ENOSYS));
+                assert_ne!(
+                    request(op, &[0xff; OPERATION_SIZE][..len], 0),
+                    Err(libc::ENOSYS)
+                );
             }
         }
         assert_eq!(request(opcode::GETXATTR, &[0; 8], 9), Err(libc::ENOSYS));
