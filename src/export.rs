@@ -666,7 +666,7 @@ impl Export {
         if length > old {
             tell(old);
         }
-        shared.file.set_length(length);
+        shared.file.host_set_length(length);
         tell(old);
         Ok(())
     }

@@ -3,8 +3,9 @@
 //! All queues share it. What changes often is an atomic, or is counted by
 //! each queue for itself; what changes rarely is behind a lock.
 
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering::*};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_utils::CachePadded;
 use parking_lot::Mutex;
@@ -32,6 +33,8 @@ pub(crate) struct FilePolicy {
 pub(crate) struct File {
     pub(crate) policy: FilePolicy,
     length: AtomicU64,
+    /// Which lengths the host has left behind lately by growing the image.
+    outgrown: Mutex<Option<(RangeInclusive<u64>, Instant)>>,
     /// Held while the length is changed.
     pub(crate) resizing: async_lock::Mutex<()>,
     /// What changes the image's content passes here; shrinking closes it.
@@ -44,6 +47,10 @@ pub(crate) struct File {
     /// For each queue, when it last changed the content.
     changed: Box<[CachePadded<AtomicI64>]>,
 }
+
+/// How long after the host's growth of the image the kernel's old idea of the
+/// length can still be under way to us.
+const STALE_SETATTR: Duration = Duration::from_secs(10);
 
 /// Nanoseconds since the epoch.
 type Nanos = i64;
@@ -98,6 +105,7 @@ impl File {
         Self {
             policy,
             length: AtomicU64::new(length),
+            outgrown: Mutex::new(None),
             resizing: async_lock::Mutex::new(()),
             changes: Gate::new(queues),
             open_count: AtomicU64::new(0),
@@ -122,6 +130,32 @@ impl File {
     /// The driver's length is this now.
     pub(crate) fn set_length(&self, length: u64) {
         self.length.store(length, Release);
+    }
+
+    /// The host has made the image this long; the caller holds `resizing`.
+    pub(crate) fn host_set_length(&self, length: u64) {
+        let old = self.length();
+        if length > old {
+            let mut outgrown = self.outgrown.lock();
+            let earlier = outgrown
+                .take()
+                .filter(|(_, at)| at.elapsed() < STALE_SETATTR);
+            let first = earlier.map_or(old, |(lengths, _)| old.min(*lengths.start()));
+            *outgrown = Some((first..=old, Instant::now()));
+        }
+        self.set_length(length);
+    }
+
+    /// Whether the kernel may name `length` because it does not know yet that
+    /// the host has grown the image. After a failed asynchronous write past
+    /// its idea of the end it "restores" that length, unasked by any client
+    /// (`fuse_do_truncate`), and ignores what it is answered.
+    pub(crate) fn is_outgrown(&self, length: u64) -> bool {
+        let outgrown = self.outgrown.lock();
+        let recent = outgrown
+            .as_ref()
+            .filter(|(_, at)| at.elapsed() < STALE_SETATTR);
+        recent.is_some_and(|(lengths, _)| lengths.contains(&length))
     }
 
     /// `queue` has changed the content.

@@ -223,10 +223,20 @@ impl<D: BlockDriver> Request<'_, D> {
     /// Makes the file at least `end` bytes long; never shrinks it.
     async fn grow(&self, end: u64) -> Result<(), Errno> {
         let _resizing = self.file().resizing.lock().await;
-        if end > self.file().length() {
+        if end > self.present_length()? {
             self.set_length(end).await?;
         }
         Ok(())
+    }
+
+    /// The length, with what the host has added and not told yet: to grow to
+    /// less than that would cut it off. The caller holds `resizing`.
+    fn present_length(&self) -> Result<u64, Errno> {
+        let length = self.driver().length().map_err(|e| answerable(&e))?;
+        if length > self.file().length() && length <= MAX_LENGTH {
+            self.file().host_set_length(length);
+        }
+        Ok(self.file().length())
     }
 
     /// Tells the driver its new length. The caller holds `resizing`.
@@ -241,8 +251,11 @@ impl<D: BlockDriver> Request<'_, D> {
     /// Sets the length exactly.
     async fn truncate(&self, length: u64) -> Result<(), Errno> {
         let _resizing = self.file().resizing.lock().await;
-        let present = self.file().length();
+        let present = self.present_length()?;
         if length < present {
+            if self.file().is_outgrown(length) {
+                return Err(libc::EBUSY);
+            }
             // A write that is still under way past the new end would leave
             // its bytes there, to reappear when the file grows again.
             let _alone = Alone::begin(self.file()).await;
@@ -359,7 +372,7 @@ impl<D: BlockDriver> Request<'_, D> {
     /// `offset` or the old end on. If there is no space the length stays.
     async fn allocate(&self, slot: &mut Slot, offset: u64, end: u64) -> Result<(), Errno> {
         let _resizing = self.file().resizing.lock().await;
-        let old = self.file().length();
+        let old = self.present_length()?;
         if end <= old {
             return Ok(());
         }

@@ -84,11 +84,12 @@ impl<T: Transport> Queue<T> {
     fn run(&mut self, budget: usize) -> Progress {
         let wakeups = self.wakeups.clone();
         wakeups.take(|slot| self.resume(slot));
-        if self.ended || self.control.phase() == Phase::Closed {
+        if self.is_ending() {
             return self.finish();
         }
         let mut begun = 0;
-        while begun < budget {
+        // The last request may have halted the export.
+        while begun < budget && !self.is_ending() {
             let slot = match self.parked.pop_front() {
                 Some(slot) => slot,
                 None => match self.fetch() {
@@ -101,7 +102,7 @@ impl<T: Transport> Queue<T> {
             }
             begun += 1;
         }
-        if self.ended {
+        if self.is_ending() {
             return self.finish();
         }
         self.listen();
@@ -205,6 +206,10 @@ impl<T: Transport> Queue<T> {
         self.control.halt(error);
     }
 
+    fn is_ending(&self) -> bool {
+        self.ended || self.control.phase() == Phase::Closed
+    }
+
     /// Takes no more requests; ends once none is in flight.
     fn finish(&mut self) -> Progress {
         while let Some(slot) = self.parked.pop_front() {
@@ -224,9 +229,8 @@ impl<T: Transport> Queue<T> {
     /// Has the transport wake the queue for requests only if they can be
     /// served, so that a waiting request does not keep it awake.
     fn listen(&mut self) {
-        let ending = self.ended || self.control.phase() == Phase::Closed;
         let has_room = self.in_flight < self.transport.slots();
-        let wanted = !ending && has_room && self.parked.is_empty();
+        let wanted = !self.is_ending() && has_room && self.parked.is_empty();
         if wanted != self.wants_requests {
             self.wants_requests = wanted;
             if let Err(error) = self.transport.want_requests(wanted) {
