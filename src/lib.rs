@@ -13,6 +13,8 @@ mod operations;
 mod protocol;
 mod queue;
 mod request;
+#[cfg(test)]
+mod rig;
 mod slot;
 mod stats;
 mod task;

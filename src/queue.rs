@@ -206,6 +206,11 @@ impl<T: Transport> Queue<T> {
         self.control.halt(error);
     }
 
+    #[cfg(test)]
+    pub(crate) fn transport(&mut self) -> &mut T {
+        &mut self.transport
+    }
+
     fn is_ending(&self) -> bool {
         self.ended || self.control.phase() == Phase::Closed
     }
@@ -236,6 +241,245 @@ impl<T: Transport> Queue<T> {
             if let Err(error) = self.transport.want_requests(wanted) {
                 self.broken(error);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering::SeqCst;
+    use std::thread;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::driver::Event;
+    use crate::protocol::opcode;
+    use crate::rig::{Disk, Rig, SLOTS};
+
+    const PLACE: usize = 16;
+
+    /// A disk whose every place holds its own number.
+    fn numbered(places: usize) -> Disk {
+        Disk::new((0..places * PLACE).map(|n| (n / PLACE) as u8).collect())
+    }
+
+    fn read_place(rig: &mut Rig, place: usize) -> u64 {
+        rig.send_read((place * PLACE) as u64, PLACE)
+    }
+
+    #[test]
+    fn requests_wait_for_the_end_of_a_drain() {
+        let mut rig = Rig::new(numbered(8), false);
+        rig.control.requests.close();
+        rig.control.requests.close();
+        let sent: Vec<_> = (0..6).map(|n| read_place(&mut rig, n)).collect();
+        assert_eq!(rig.run(), Progress::Idle);
+        assert!(rig.answers().is_empty());
+        assert!(rig.disk.log.lock().is_empty());
+        assert!(!rig.queue.transport().wanted, "it would not sleep");
+        assert_eq!(rig.control.requests.open(), Some(false));
+        assert_eq!(rig.run(), Progress::Idle);
+        assert!(rig.answers().is_empty());
+        assert_eq!(rig.control.requests.open(), Some(true));
+        rig.control.kick();
+        assert_eq!(rig.run(), Progress::Idle);
+        let answers: Vec<_> = rig.answers().iter().map(|a| a.unique).collect();
+        assert_eq!(answers, sent, "in the order of their arrival");
+        assert!(rig.queue.transport().wanted);
+    }
+
+    #[test]
+    fn a_drain_is_idle_once_what_is_in_flight_is_answered() {
+        let mut rig = Rig::new(numbered(8), false);
+        rig.disk.hold();
+        (0..2).for_each(|n| drop(read_place(&mut rig, n)));
+        rig.run();
+        rig.control.requests.close();
+        read_place(&mut rig, 2);
+        rig.run();
+        for left in [1, 0] {
+            assert_eq!(rig.disk.idle.load(SeqCst), 0);
+            rig.disk.release(0);
+            rig.run();
+            assert_eq!(rig.control.requests.count(), left);
+        }
+        assert_eq!(rig.disk.idle.load(SeqCst), 1);
+        assert_eq!(rig.answers().len(), 2);
+    }
+
+    #[test]
+    fn who_waits_in_a_drain_is_refused_when_the_export_stops() {
+        for phase in [Phase::Stopping, Phase::Closed] {
+            let mut rig = Rig::new(numbered(8), false);
+            rig.disk.hold();
+            let first = read_place(&mut rig, 0);
+            rig.run();
+            rig.control.requests.close();
+            let waiting = read_place(&mut rig, 1);
+            rig.run();
+            rig.control.advance(phase);
+            rig.run();
+            let answers = rig.answers();
+            assert_eq!(answers.len(), 1);
+            assert_eq!(
+                (answers[0].unique, answers[0].error),
+                (waiting, libc::ENOTCONN)
+            );
+            // What is in flight is answered all the same.
+            rig.control.advance(Phase::Closed);
+            assert_eq!(rig.run(), Progress::Idle);
+            rig.disk.release(0);
+            assert_eq!(rig.run(), Progress::Finished);
+            let answers = rig.answers();
+            assert_eq!((answers[0].unique, answers[0].error), (first, 0));
+        }
+    }
+
+    #[test]
+    fn a_full_queue_does_not_listen() {
+        let mut rig = Rig::new(numbered(8), false);
+        rig.disk.hold();
+        (0..SLOTS + 1).for_each(|n| drop(read_place(&mut rig, n)));
+        assert_eq!(rig.run(), Progress::Idle);
+        assert_eq!(rig.disk.waiting().len(), SLOTS);
+        assert!(!rig.queue.transport().wanted);
+        rig.disk.release(0);
+        rig.run();
+        // The one that had no slot has taken its place.
+        assert_eq!(rig.disk.waiting().len(), SLOTS);
+        rig.disk.release(0);
+        rig.run();
+        assert!(rig.queue.transport().wanted);
+    }
+
+    #[test]
+    fn a_panic_is_eio_and_ends_the_export_at_once() {
+        let mut disk = numbered(8);
+        disk.panics_at = Some(PLACE as u64);
+        let mut rig = Rig::new(disk, false);
+        let sent: Vec<_> = (0..4).map(|n| read_place(&mut rig, n)).collect();
+        assert_eq!(rig.run(), Progress::Finished);
+        let answers = rig.answers();
+        let answered: Vec<_> = answers.iter().map(|a| (a.unique, a.error)).collect();
+        assert_eq!(answered, [(sent[0], 0), (sent[1], libc::EIO)]);
+        assert_eq!(rig.disk.log.lock().len(), 2, "no more is begun");
+        let events = rig.disk.events.lock();
+        let errno = libc::ENOTRECOVERABLE;
+        assert!(matches!(&events[..], [Event::Halted { errno: e, .. }] if *e == errno));
+    }
+
+    #[test]
+    fn a_connection_that_ends_is_told_once_and_what_is_in_flight_goes_on() {
+        let mut rig = Rig::new(numbered(8), false);
+        rig.disk.hold();
+        read_place(&mut rig, 0);
+        rig.run();
+        rig.queue.transport().gone = true;
+        assert_eq!(rig.run(), Progress::Idle);
+        assert!(!rig.queue.transport().wanted, "it would not sleep");
+        rig.control.disconnected();
+        rig.disk.release(0);
+        assert_eq!(rig.run(), Progress::Finished);
+        assert_eq!(*rig.disk.events.lock(), [Event::Unmounted]);
+    }
+
+    #[test]
+    fn another_thread_may_complete_what_the_driver_began() {
+        let mut rig = Rig::new(numbered(8), false);
+        rig.disk.hold();
+        let rounds = if cfg!(miri) { 5 } else { 500 };
+        for round in 0..rounds {
+            let place = round % 8;
+            let unique = read_place(&mut rig, place);
+            rig.run();
+            let disk = rig.disk.clone();
+            let completer = thread::spawn(move || disk.release(0));
+            let answer = loop {
+                // As the queue's thread does, with a transport that never
+                // sleeps: a wake-up that was lost would never come.
+                rig.run();
+                if let Some(answer) = rig.answers().pop() {
+                    break answer;
+                }
+                rig.queue.wait();
+                thread::yield_now();
+            };
+            completer.join().unwrap();
+            assert_eq!(answer.unique, unique);
+            assert_eq!(answer.data, [place as u8; PLACE]);
+        }
+    }
+
+    #[test]
+    fn what_wants_no_answer_gets_none_and_frees_its_slot() {
+        let mut rig = Rig::new(numbered(8), false);
+        for _ in 0..3 * SLOTS {
+            rig.send(opcode::FORGET, &[0; 8], &[]);
+            rig.send(opcode::INTERRUPT, &[0; 8], &[]);
+        }
+        rig.run();
+        assert!(rig.answers().is_empty());
+        assert_eq!(rig.read(0, 1).data, [0]);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: if cfg!(miri) { 8 } else { 256 },
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
+        /// Whatever the order of arrivals, completions and drains.
+        #[test]
+        fn every_request_is_answered_once_and_with_its_own_data(
+            steps in prop::collection::vec((0u8..4, 0usize..64), 1..60),
+        ) {
+            let mut rig = Rig::new(numbered(64), false);
+            rig.disk.hold();
+            let mut expected = std::collections::BTreeMap::new();
+            let mut drained = false;
+            let mut answered = 0;
+            for (step, n) in steps {
+                match step {
+                    0 => drop(expected.insert(read_place(&mut rig, n), n)),
+                    1 => drop(rig.run()),
+                    2 => {
+                        let waiting = rig.disk.waiting().len();
+                        if waiting > 0 {
+                            rig.disk.release(n % waiting);
+                        }
+                    }
+                    _ => {
+                        if drained {
+                            rig.control.requests.open();
+                            rig.control.kick();
+                        } else {
+                            rig.control.requests.close();
+                        }
+                        drained = !drained;
+                    }
+                }
+            }
+            if drained {
+                rig.control.requests.open();
+            }
+            rig.control.kick();
+            loop {
+                rig.run();
+                for answer in rig.answers() {
+                    let place = expected.remove(&answer.unique);
+                    prop_assert!(place.is_some(), "answered twice");
+                    prop_assert_eq!(answer.data, vec![place.unwrap() as u8; PLACE]);
+                    answered += 1;
+                }
+                if rig.disk.waiting().is_empty() {
+                    break;
+                }
+                rig.disk.release(0);
+            }
+            prop_assert!(expected.is_empty(), "after {} answers: {:?}", answered, expected);
+            prop_assert!(rig.control.requests.is_empty());
         }
     }
 }
