@@ -293,7 +293,9 @@ mod tests {
     fn a_drain_is_idle_once_what_is_in_flight_is_answered() {
         let mut rig = Rig::new(numbered(8), false);
         rig.disk.hold();
-        (0..2).for_each(|n| drop(read_place(&mut rig, n)));
+        for n in 0..2 {
+            read_place(&mut rig, n);
+        }
         rig.run();
         rig.control.requests.close();
         read_place(&mut rig, 2);
@@ -340,7 +342,9 @@ mod tests {
     fn a_full_queue_does_not_listen() {
         let mut rig = Rig::new(numbered(8), false);
         rig.disk.hold();
-        (0..SLOTS + 1).for_each(|n| drop(read_place(&mut rig, n)));
+        for n in 0..SLOTS + 1 {
+            read_place(&mut rig, n);
+        }
         assert_eq!(rig.run(), Progress::Idle);
         assert_eq!(rig.disk.waiting().len(), SLOTS);
         assert!(!rig.queue.transport().wanted);
@@ -442,8 +446,12 @@ mod tests {
             let mut answered = 0;
             for (step, n) in steps {
                 match step {
-                    0 => drop(expected.insert(read_place(&mut rig, n), n)),
-                    1 => drop(rig.run()),
+                    0 => {
+                        expected.insert(read_place(&mut rig, n), n);
+                    }
+                    1 => {
+                        rig.run();
+                    }
                     2 => {
                         let waiting = rig.disk.waiting().len();
                         if waiting > 0 {

@@ -118,7 +118,7 @@ fn a_drain_waits_for_exactly_what_is_in_flight() {
         let files: Vec<_> = (0..5).map(|_| m.open(false)).collect();
         let export = m.export();
         m.driver.hold();
-        let mut reads: Vec<_> = files.into_iter().enumerate().map(|(i, f)| (i, f)).collect();
+        let mut reads: Vec<_> = files.into_iter().enumerate().collect();
         let late = reads.split_off(3);
         let early: Vec<_> = reads
             .into_iter()

@@ -8,7 +8,7 @@ mod hooked;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
@@ -628,7 +628,7 @@ fn a_thousand_exports_leave_nothing() {
                 file.write_all_at(&data, block * BLOCK as u64).unwrap();
             }
             // Every other one is deleted while it is open.
-            let kept = (n % 2 == 0).then_some(file);
+            let kept = n.is_multiple_of(2).then_some(file);
             export.delete(Some(SOON)).unwrap();
             drop(kept);
             assert_eq!(Arc::strong_count(&driver.0), 1);

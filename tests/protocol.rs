@@ -390,7 +390,7 @@ fn what_is_wrong_with_one_request_fails_that_one() {
         let served = Served::new(queues);
         let kernel = &served.kernel;
         let write = |size: u32, data: usize| [io_body(0, size), vec![7; data]].concat();
-        let mut setattr = vec![0; 88];
+        let mut setattr = [0; 88];
         setattr[0] = 8;
         let bad: [(u32, Vec<u8>); 12] = [
             (READ, io_body(0, 512)[..39].to_vec()),
