@@ -406,6 +406,12 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: if cfg!(miri) { 8 } else { 256 },
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
         #[test]
         fn flags_that_the_kernel_does_not_offer_are_never_set(
             minor in OLDEST_MINOR..100, flags: u64, pages in 1u32..=256,
