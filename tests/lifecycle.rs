@@ -882,6 +882,30 @@ fn growth_by_the_host_and_by_clients_at_once_never_shrinks() {
 }
 
 #[test]
+fn the_hosts_word_waits_for_a_clients_growth() {
+    for_queues(|queues| {
+        let m = Mounted::growable(BLOCK, queues);
+        let file = m.open(true);
+        m.driver.hold();
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| file.write_all_at(b"grown", 2 * BLOCK as u64));
+            // The truncation that makes room for it is under way.
+            m.driver.wait_for_held(1);
+            let (done, told) = mpsc::channel();
+            let export = m.export();
+            scope.spawn(move || done.send(export.resized()).unwrap());
+            assert!(told.recv_timeout(A_WHILE).is_err());
+            m.driver.release();
+            told.recv_timeout(SOON).unwrap().unwrap();
+            writer.join().unwrap().unwrap();
+        });
+        let length = fs::metadata(&m.path).unwrap().len();
+        assert_eq!(length, 2 * BLOCK as u64 + 5);
+        assert_eq!(m.driver.bytes().len(), 2 * BLOCK + 5);
+    });
+}
+
+#[test]
 fn exports_in_one_process_are_independent() {
     for_queues(|queues| {
         let mut first = Mounted::fixed(BLOCK, queues);
