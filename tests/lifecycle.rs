@@ -894,8 +894,9 @@ fn the_hosts_word_waits_for_a_clients_growth() {
             let (done, told) = mpsc::channel();
             let export = m.export();
             scope.spawn(move || done.send(export.resized()).unwrap());
-            assert!(told.recv_timeout(A_WHILE).is_err());
+            let early = told.recv_timeout(A_WHILE);
             m.driver.release();
+            assert!(early.is_err(), "resized() did not wait");
             told.recv_timeout(SOON).unwrap().unwrap();
             writer.join().unwrap().unwrap();
         });
