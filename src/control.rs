@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
-use std::sync::atomic::{AtomicU8, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -129,6 +129,11 @@ pub(crate) struct Control {
     /// in flight.
     pub(crate) requests: Gate,
     phase: AtomicU8,
+    /// Whether the driver is told of events: not before the start has
+    /// succeeded.
+    announced: AtomicBool,
+    /// Whether somebody is unmounting on the owner's behalf.
+    pub(crate) expects_unmount: AtomicBool,
     /// Why the export halted.
     failure: Mutex<Option<Error>>,
     queues: OnceLock<Box<[Arc<Wakeups>]>>,
@@ -155,6 +160,8 @@ impl Control {
             hooks,
             requests: Gate::new(queues),
             phase: AtomicU8::new(Phase::Serving as u8),
+            announced: AtomicBool::new(false),
+            expects_unmount: AtomicBool::new(false),
             failure: Mutex::new(None),
             queues: OnceLock::new(),
         }
@@ -213,14 +220,25 @@ impl Control {
     /// The kernel has ended the connection.
     pub(crate) fn disconnected(&self) {
         // Several queues notice; the first one tells.
-        if self.advance(Phase::Closed) == Phase::Serving {
+        let expected = self.expects_unmount.load(SeqCst);
+        if self.advance(Phase::Closed) == Phase::Serving && !expected {
             log::info!("{}: unmounted from outside", self.name);
             self.tell(&Event::Unmounted);
         }
     }
 
+    /// The export has started: from now on the driver is told of events.
+    pub(crate) fn announce(&self) {
+        self.announced.store(true, SeqCst);
+        self.tell(&Event::Started);
+    }
+
     /// Tells the driver what has happened.
     pub(crate) fn tell(&self, event: &Event) {
+        if !self.announced.load(SeqCst) {
+            return;
+        }
+        let _marked = self.dispatching();
         let told = catch_unwind(AssertUnwindSafe(|| self.hooks.event(event)));
         if let Err(panic) = told {
             let message = panic_message(&*panic);
@@ -230,6 +248,7 @@ impl Control {
 
     /// Calls one of the driver's hooks; if it panics the export halts.
     pub(crate) fn hook(&self, call: impl FnOnce(&dyn Hooks)) {
+        let _marked = self.dispatching();
         let called = catch_unwind(AssertUnwindSafe(|| call(&*self.hooks)));
         if let Err(panic) = called {
             self.panicked(&panic_message(&*panic));
@@ -244,11 +263,12 @@ impl Control {
 
     /// The length that the driver says it has, checked.
     pub(crate) fn driver_length(&self) -> Result<u64> {
-        let length = {
+        let mut length = Err(io::Error::from_raw_os_error(libc::ENOTRECOVERABLE));
+        {
             // Also where the owner's own thread asks, this is a callback.
             let _marked = self.dispatching();
-            self.hooks.length()
-        };
+            self.hook(|h| length = h.length());
+        }
         let length = length.map_err(|e| Error::from_io("the driver's length", &e))?;
         if length > MAX_LENGTH {
             let text = format!("the driver's length of {length} bytes is more than 2^63 - 1");
@@ -262,7 +282,7 @@ impl Control {
         self.failure.lock().clone()
     }
 
-    /// Marks this thread as dispatching for this export.
+    /// Marks this thread as one that runs a callback of this export, or may.
     pub(crate) fn dispatching(&self) -> Dispatching {
         Dispatching(DISPATCHING.replace(self))
     }

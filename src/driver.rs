@@ -40,9 +40,9 @@ use crate::slot::Traces;
 pub trait BlockDriver: Send + Sync + 'static {
     /// The device's length in bytes; any number up to 2^63 − 1.
     ///
-    /// Asked when the export starts and when
-    /// [`Export::resized`](crate::Export::resized) is called; what the
-    /// engine's own truncations did it knows without asking.
+    /// Asked when the export starts, when
+    /// [`Export::resized`](crate::Export::resized) is called, and before the
+    /// engine truncates, so that it does not cut off what was added meanwhile.
     fn length(&self) -> io::Result<u64>;
 
     /// Bytes of storage the device really occupies (`st_blocks`), or `None`

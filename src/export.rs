@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -19,11 +19,12 @@ use parking_lot::Mutex;
 
 use crate::config::Config;
 use crate::control::{Control, Latch, Owned, Phase};
-use crate::driver::{BlockDriver, Event, QueueInfo};
+use crate::driver::{BlockDriver, QueueInfo};
+use crate::ending::{Ending, Wait};
 use crate::error::{Error, Result};
 use crate::file::{File, FilePolicy};
 use crate::legacy::{self, Legacy};
-use crate::mount::{self, AllowOther, Mount, MountOptions, Mounting, Unmount};
+use crate::mount::{self, Aborter, AllowOther, Mount, MountOptions, Mounting, Unmount};
 use crate::operations::{Device, serve};
 use crate::protocol::{Agreement, Offer};
 use crate::queue::{BUDGET, Progress, Queue};
@@ -165,11 +166,9 @@ struct Shared {
     mount: OnceLock<Mount>,
     /// Queues that have not ended.
     running: AtomicUsize,
-    /// Whether the unmounting has begun, gently and by force.
-    unmounting: AtomicBool,
-    forcing: AtomicBool,
-    /// The threads that unmount.
-    unmounters: Mutex<Vec<JoinHandle<()>>>,
+    ending: Arc<Ending>,
+    /// Ends the connection; `None` without the privilege.
+    aborter: Option<Aborter>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -208,6 +207,7 @@ fn start<D: BlockDriver>(driver: D, config: Config, device: Option<OwnedFd>) -> 
         gid: nix::unistd::getegid().as_raw(),
         block_size: limits.block_size,
     };
+    let aborter = Aborter::new(connection.device.as_fd());
     let shared = Arc::new(Shared {
         control: Arc::new(control),
         file: Arc::new(File::new(policy, length, queues)),
@@ -216,9 +216,8 @@ fn start<D: BlockDriver>(driver: D, config: Config, device: Option<OwnedFd>) -> 
         device: Mutex::new(Some(connection.device)),
         mount: OnceLock::new(),
         running: AtomicUsize::new(queues),
-        unmounting: AtomicBool::new(false),
-        forcing: AtomicBool::new(false),
-        unmounters: Mutex::default(),
+        ending: Arc::default(),
+        aborter,
     });
     let threads = start_queues(&shared, &driver, queues)?;
     let export = Export {
@@ -245,7 +244,15 @@ fn start<D: BlockDriver>(driver: D, config: Config, device: Option<OwnedFd>) -> 
         connection.agreement.minor,
         connection.agreement.max_request,
     );
-    export.shared.control.tell(&Event::Started);
+    export.shared.control.announce();
+    if export.shared.control.phase() == Phase::Closed {
+        let name = &export.shared.control.name;
+        let ended = Error::new(
+            libc::ENOTCONN,
+            format!("{name}: unmounted while it started"),
+        );
+        return Err(export.failure().unwrap_or(ended));
+    }
     Ok(export)
 }
 
@@ -300,6 +307,7 @@ fn connect(config: &Config, fuse_fd: Option<OwnedFd>, queues: usize) -> Result<C
     };
     let offer = Offer {
         max_request: MAX_REQUEST,
+        truncates_on_open: config.growable,
         max_background: (queues * legacy::SLOTS).clamp(MIN_BACKGROUND, u16::MAX.into()) as u16,
     };
     let agreement = legacy::handshake(device.as_fd(), &offer, INIT_TIMEOUT)
@@ -373,7 +381,7 @@ fn start_queues<D: BlockDriver>(
 fn join(threads: Vec<JoinHandle<()>>) {
     for thread in threads {
         if thread.thread().id() != thread::current().id() && thread.join().is_err() {
-            log::error!("a thread panicked");
+            log::error!("one of the export's threads panicked");
         }
     }
 }
@@ -384,6 +392,19 @@ struct QueueStarter<D> {
     driver: Arc<Owned<D>>,
     index: usize,
     wakeups: Arc<Wakeups>,
+}
+
+/// The end of a queue's thread, however it comes.
+struct EndOfQueue(Arc<Shared>);
+
+impl Drop for EndOfQueue {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let text = "a queue's thread panicked";
+            self.0.control.halt(Error::new(libc::ENOTRECOVERABLE, text));
+        }
+        self.0.queue_ended();
+    }
 }
 
 impl<D: BlockDriver> QueueStarter<D> {
@@ -402,6 +423,8 @@ impl<D: BlockDriver> QueueStarter<D> {
         let outcome = queue.as_ref().map(drop).map_err(Error::clone);
         // The receiver is gone only if the start has failed already.
         let _ = report.send(outcome);
+        let ending = EndOfQueue(shared);
+        let shared = &ending.0;
         if let Ok(mut queue) = queue {
             loop {
                 match queue.dispatch(BUDGET) {
@@ -412,7 +435,6 @@ impl<D: BlockDriver> QueueStarter<D> {
             }
             shared.control.hook(|h| h.queue_stop(index));
         }
-        shared.queue_ended();
     }
 
     fn open(self) -> Result<Queue<Legacy>> {
@@ -477,32 +499,57 @@ impl Shared {
     /// One queue takes no more requests and has closed its descriptor.
     fn queue_ended(&self) {
         if self.running.fetch_sub(1, SeqCst) == 1 {
+            // Everything in flight is answered. What is not gets an error,
+            // also if a forked child keeps the connection's descriptors open.
+            self.abort();
             self.device.lock().take();
         }
     }
 
+    fn abort(&self) {
+        if let Some(aborter) = &self.aborter {
+            aborter.abort();
+        }
+    }
+
     /// Takes the file away, then has the queues end.
-    fn unmount(&self, how: Unmount) {
-        if let Some(mount) = self.mount.get() {
-            let open = self.to_be_written_back(how).then(|| mount.open_file());
-            if let Err(error) = mount.unmount(how) {
-                log::warn!("{}: {error}", self.control.name);
+    fn unmount(&self, how: Stop) -> Result<()> {
+        let Some(mount) = self.mount.get() else {
+            self.control.advance(Phase::Closed);
+            return Ok(());
+        };
+        let unmounted = match how {
+            Stop::Force => mount.unmount(Unmount::Force),
+            Stop::IfIdle => {
+                self.control.expects_unmount.store(true, SeqCst);
+                let unmounted = mount.unmount(Unmount::IfIdle);
+                if let Err(error) = unmounted {
+                    self.control.expects_unmount.store(false, SeqCst);
+                    return Err(error);
+                }
+                unmounted
             }
-            if let Some(file) = open.flatten()
-                && let Err(errno) = nix::unistd::syncfs(&file)
-            {
-                let name = &self.control.name;
-                log::warn!("{name}: mapped memory was not written back: {errno}");
+            Stop::Lazy if self.is_to_be_written_back() => {
+                let (unmounted, written_back, thread) = mount.unmount_written_back();
+                self.ending.add_thread(thread);
+                if let Err(error) = written_back {
+                    log::warn!("{error}");
+                }
+                unmounted
             }
+            Stop::Lazy => mount.unmount(Unmount::Lazy),
+        };
+        if let Err(error) = &unmounted {
+            log::warn!("{error}");
         }
         self.control.advance(Phase::Closed);
+        unmounted
     }
 
     /// Whether clients may have changed mapped memory that nobody has written
     /// back: closing the file does that, but the export ends before.
-    fn to_be_written_back(&self, how: Unmount) -> bool {
-        how == Unmount::Lazy
-            && self.control.phase() == Phase::Stopping
+    fn is_to_be_written_back(&self) -> bool {
+        self.control.phase() == Phase::Stopping
             && self.file.policy.writable
             && self.file.open_count() > 0
     }
@@ -518,79 +565,77 @@ impl Export {
     /// when the driver is done with them; [`delete`](Self::delete) waits for
     /// that, this does not. It returns when the file has been unmounted, or
     /// after two seconds if that takes longer, or at once within a callback.
+    /// What clients have written into mapped memory is written back first,
+    /// except by [`Stop::Force`] and in a drain.
     ///
-    /// `EBUSY`: [`Stop::IfIdle`] and the file is open; nothing has happened.
+    /// `EBUSY`: [`Stop::IfIdle`] and the file is in use; nothing has happened.
+    /// Another error: the mount could not be removed; the export ends all the
+    /// same, and a further call tries again.
     pub fn stop(&self, how: Stop) -> Result<()> {
-        let shared = &self.shared;
-        let control = &shared.control;
-        if how == Stop::IfIdle && control.phase() == Phase::Serving && shared.file.open_count() > 0
-        {
-            let text = format!("{}: the file is open", control.name);
-            return Err(Error::new(libc::EBUSY, text));
+        self.stop_within(how, UNMOUNT_PATIENCE)
+    }
+
+    /// [`stop`](Self::stop), waiting no longer than `patience`.
+    fn stop_within(&self, how: Stop, patience: Duration) -> Result<()> {
+        let shared = self.shared.clone();
+        let control = &self.shared.control;
+        match how {
+            Stop::Lazy => {
+                control.advance(Phase::Stopping);
+            }
+            Stop::Force => {
+                control.advance(Phase::Closed);
+                shared.abort();
+            }
+            // Without a mount of ours there is nobody but us to ask.
+            Stop::IfIdle if shared.mount.get().is_none() && shared.file.open_count() > 0 => {
+                let text = format!("{}: the file is open", control.name);
+                return Err(Error::new(libc::EBUSY, text));
+            }
+            Stop::IfIdle => {}
         }
-        control.advance(Phase::Stopping);
-        let (begun, unmount) = match how {
-            Stop::Force => (&shared.forcing, Unmount::Force),
-            Stop::Lazy | Stop::IfIdle => (&shared.unmounting, Unmount::Lazy),
+        let wait = if control.is_dispatching() {
+            Wait::No
+        } else {
+            Wait::Until(deadline_after(patience))
         };
-        if begun.swap(true, SeqCst) {
-            return Ok(());
-        }
-        // In a thread of its own: the last unmount may wait for requests
-        // which need the caller to be completed.
-        let (mine, done) = (shared.clone(), Arc::new(Latch::default()));
-        let signal = done.clone();
-        let spawned = thread::Builder::new()
-            .name("blkfuse-unmount".to_owned())
-            .spawn(move || {
-                mine.unmount(unmount);
-                signal.signal();
-            });
-        match spawned {
-            Ok(unmounter) => {
-                shared.unmounters.lock().push(unmounter);
-                if !control.is_dispatching() {
-                    done.wait(Some(Instant::now() + UNMOUNT_PATIENCE));
-                }
-            }
-            Err(e) => {
-                log::warn!("{}: no thread to unmount in: {e}", control.name);
-                shared.unmount(unmount);
-            }
-        }
-        Ok(())
+        let ending = shared.ending.clone();
+        ending.run(move || shared.unmount(how), wait)
     }
 
     /// Stops the export if that has not happened, and waits until it is gone:
     /// everything answered, nothing mounted, the driver dropped, no thread
     /// left. Waits at most `timeout` if one is given (`ETIMEDOUT`); the export
-    /// then goes when the driver has completed what is in flight.
+    /// then goes when the driver has completed what is in flight. Another
+    /// error: the export is gone, but its mount could not be removed.
     ///
     /// Refused within a callback of this export (`EDEADLK`); it is then
     /// stopped and goes by itself.
     pub fn delete(mut self, timeout: Option<Duration>) -> Result<()> {
-        let deadline = timeout.map(|t| Instant::now() + t);
+        let deadline = timeout.and_then(deadline_after);
         if self.shared.control.is_dispatching() {
             return Err(deadlock("delete"));
         }
         let name = self.shared.control.name.clone();
-        self.stop(Stop::Lazy)?;
+        let patience = timeout.map_or(UNMOUNT_PATIENCE, |t| t.min(UNMOUNT_PATIENCE));
+        let stopped = self.stop_within(Stop::Lazy, patience);
         let mut threads = std::mem::take(&mut self.threads);
-        threads.append(&mut self.shared.unmounters.lock());
+        let ending = self.shared.ending.clone();
         let gone = self.gone.clone();
         drop(self);
         if !gone.wait(deadline) {
             let text = format!("{name}: the driver has not completed every request");
             return Err(Error::new(libc::ETIMEDOUT, text));
         }
+        threads.append(&mut ending.take_threads());
         join(threads);
-        Ok(())
+        stopped
     }
 
     /// Undoes a start that failed late.
     fn abandon(mut self) {
         // Nothing was attached, so there is nothing to unmount.
-        self.shared.unmounting.store(true, SeqCst);
+        self.shared.ending.skip();
         self.shared.control.advance(Phase::Closed);
         join(std::mem::take(&mut self.threads));
     }
@@ -628,7 +673,7 @@ impl Export {
     /// `timeout`; `EDEADLK` within a callback.
     pub fn drain(&self, timeout: Option<Duration>) -> Result<()> {
         self.drain_begin()?;
-        let deadline = timeout.map(|t| Instant::now() + t);
+        let deadline = timeout.and_then(deadline_after);
         let empty = self.shared.control.requests.wait_empty(deadline);
         self.drain_end()?;
         if empty {
@@ -640,12 +685,19 @@ impl Export {
 
     /// The driver's length has changed without a client's doing: asks
     /// [`BlockDriver::length`] and tells the kernel. When this returns,
-    /// clients see the new length.
+    /// clients that ask see the new length; asynchronous reads and appends
+    /// through descriptors that are open go by it, too, if the file became
+    /// longer by a page (4096 bytes) or more, and else from the next stat on.
     pub fn resized(&self) -> Result<()> {
-        let control = &self.shared.control;
+        let Shared {
+            control,
+            file,
+            device,
+            ..
+        } = &*self.shared;
         let mut length = control.driver_length()?;
         loop {
-            self.shared.file.set_length(length);
+            file.set_length(length);
             // A client's truncation may have come between the look and the
             // note; then what was noted is old.
             let again = control.driver_length()?;
@@ -654,15 +706,17 @@ impl Export {
             }
             length = again;
         }
-        if let Some(device) = &*self.shared.device.lock() {
-            legacy::notify_resized(device.as_fd(), length);
+        let device = device.lock().clone();
+        let told = device.and_then(|d| legacy::notify_resized(d.as_fd(), file.told(), length));
+        if let Some(told) = told {
+            file.tell(told);
         }
         Ok(())
     }
 
     /// What has been done so far.
     pub fn stats(&self) -> Stats {
-        self.shared.stats.sum(self.shared.control.requests.count())
+        self.shared.stats.sum()
     }
 
     /// Where the export is in its life.
@@ -711,6 +765,11 @@ impl Drop for Export {
             log::warn!("{error}");
         }
     }
+}
+
+/// `None`: so far off that it never comes.
+fn deadline_after(time: Duration) -> Option<Instant> {
+    Instant::now().checked_add(time)
 }
 
 fn deadlock(what: &str) -> Error {

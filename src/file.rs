@@ -41,9 +41,10 @@ pub(crate) struct File {
     /// closes it.
     pub(crate) uses: Gate,
     open_count: AtomicU64,
-    /// An open with O_TRUNC has had the kernel believe that the file is empty,
-    /// which it is not, and no attributes have put that right yet.
-    believed_empty: AtomicBool,
+    /// The length that the kernel believes in: the last one it was told.
+    told: AtomicU64,
+    /// A write past `told` has failed since.
+    failed_past_told: AtomicBool,
     mode: AtomicU32,
     uid: AtomicU32,
     gid: AtomicU32,
@@ -109,7 +110,9 @@ impl File {
             resizing: async_lock::Mutex::new(()),
             uses: Gate::new(queues),
             open_count: AtomicU64::new(0),
-            believed_empty: AtomicBool::new(false),
+            // Until it has asked, the kernel takes the file for empty.
+            told: AtomicU64::new(0),
+            failed_past_told: AtomicBool::new(false),
             mode: AtomicU32::new(if policy.writable { 0o600 } else { 0o400 }),
             uid: AtomicU32::new(policy.uid),
             gid: AtomicU32::new(policy.gid),
@@ -144,6 +147,7 @@ impl File {
         if end > self.reached.load(Relaxed) {
             self.reached.fetch_max(end, Relaxed);
         }
+        self.tell_reached(end);
     }
 
     /// How far the content reaches; exact while no write is under way.
@@ -167,16 +171,38 @@ impl File {
             .fetch_update(Relaxed, Relaxed, |n| n.checked_sub(1));
     }
 
-    /// O_TRUNC was ignored.
-    pub(crate) fn truncation_ignored(&self) {
-        self.believed_empty.store(true, Relaxed);
+    /// The kernel has been told this length.
+    pub(crate) fn tell(&self, length: u64) {
+        self.told.store(length, SeqCst);
+        self.failed_past_told.store(false, SeqCst);
     }
 
-    /// Whether a truncation to `length` is what the kernel does by itself when
-    /// an asynchronous write fails: it goes back to the length it believes in.
-    /// After an ignored O_TRUNC that would empty the image.
+    /// The kernel is told of a success by which the file reaches up to `end`.
+    pub(crate) fn tell_reached(&self, end: u64) {
+        if end > self.told() {
+            self.told.fetch_max(end, SeqCst);
+        }
+    }
+
+    /// The length that the kernel believes in.
+    pub(crate) fn told(&self) -> u64 {
+        self.told.load(SeqCst)
+    }
+
+    /// A write up to `end` has failed.
+    pub(crate) fn write_failed(&self, end: u64) {
+        if end > self.told() {
+            self.failed_past_told.store(true, SeqCst);
+        }
+    }
+
+    /// Whether a truncation of the open file to `length` is no client's wish.
+    /// After a failed asynchronous write past the end that it believes in, the
+    /// kernel goes back to that end (`fuse_do_truncate`). If it had not heard
+    /// of the file's growth, that would undo the growth.
     pub(crate) fn is_false_rollback(&self, length: u64) -> bool {
-        length == 0 && self.believed_empty.load(Relaxed)
+        let told = self.told();
+        length == told && told < self.length() && self.failed_past_told.load(SeqCst)
     }
 
     /// How often the file is open.
@@ -218,9 +244,8 @@ impl File {
 
     /// The attributes, for the kernel; `allocated` is in bytes.
     pub(crate) fn attributes(&self, allocated: u64) -> Attr {
-        if self.believed_empty.load(Relaxed) {
-            self.believed_empty.store(false, Relaxed);
-        }
+        let length = self.length();
+        self.tell(length);
         let times = *self.times.lock();
         let changed = self.changed.iter().map(|t| t.load(Relaxed)).max();
         let changed = changed.unwrap_or(0);
@@ -234,7 +259,7 @@ impl File {
         let nanos = |t: Nanos| t.rem_euclid(NANOS) as u32;
         Attr {
             ino: ROOT_ID,
-            size: self.length(),
+            size: length,
             blocks: allocated.div_ceil(512),
             atime: seconds(times.atime),
             mtime: seconds(mtime),

@@ -17,6 +17,14 @@ use std::time::Instant;
 use crossbeam_utils::CachePadded;
 use parking_lot::{Condvar, Mutex};
 
+/// The gate could not be entered.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Closed {
+    /// Trying was the last thing that kept the gate from being empty, as
+    /// [`Gate::leave`] says it.
+    pub(crate) emptied: bool,
+}
+
 /// Counts who is inside, by queue, and can be closed any number of times.
 #[derive(Debug)]
 pub(crate) struct Gate {
@@ -25,16 +33,6 @@ pub(crate) struct Gate {
     /// Futures that wait for emptiness; threads wait on `emptied`.
     waiting: Mutex<Vec<Waker>>,
     emptied: Condvar,
-}
-
-/// What came of an attempt to go inside.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Entry {
-    Inside,
-    /// The gate is closed. `emptied`: as [`Gate::leave`] says.
-    Closed {
-        emptied: bool,
-    },
 }
 
 impl Gate {
@@ -48,18 +46,24 @@ impl Gate {
     }
 
     /// Goes inside, unless the gate is closed.
-    pub(crate) fn try_enter(&self, queue: usize) -> Entry {
+    pub(crate) fn try_enter(&self, queue: usize) -> Result<(), Closed> {
+        // Looked at first, so that a closed gate seldom seems to be in use.
         if self.is_closed() {
-            return Entry::Closed { emptied: false };
+            return Err(Closed { emptied: false });
         }
         self.inside[queue].fetch_add(1, SeqCst);
         if self.is_closed() {
-            // For a moment it looked as if somebody were inside, and whoever
-            // looked waits to be told otherwise.
             let emptied = self.leave(queue);
-            return Entry::Closed { emptied };
+            return Err(Closed { emptied });
         }
-        Entry::Inside
+        Ok(())
+    }
+
+    /// Goes inside once more, whether or not the gate is closed: for who is
+    /// inside and needs to stay a little longer.
+    pub(crate) fn enter_again(&self, queue: usize) {
+        let before = self.inside[queue].fetch_add(1, SeqCst);
+        debug_assert!(before > 0, "only who is inside may enter again");
     }
 
     /// Goes out; true if the gate is closed and nobody is left inside.
@@ -148,16 +152,18 @@ mod tests {
     #[test]
     fn a_closed_gate_lets_nobody_in_until_the_last_opening() {
         let gate = Gate::new(2);
-        assert_eq!(gate.try_enter(1), Entry::Inside);
+        assert!(gate.try_enter(1).is_ok());
         gate.close();
         gate.close();
-        assert_ne!(gate.try_enter(0), Entry::Inside);
+        assert!(gate.try_enter(0).is_err());
+        gate.enter_again(1);
+        assert!(!gate.leave(1));
         assert!(!gate.is_empty());
         assert!(gate.leave(1));
         assert_eq!(gate.open(), Some(false));
-        assert_ne!(gate.try_enter(0), Entry::Inside);
+        assert!(gate.try_enter(0).is_err());
         assert_eq!(gate.open(), Some(true));
-        assert_eq!(gate.try_enter(0), Entry::Inside);
+        assert!(gate.try_enter(0).is_ok());
         assert!(!gate.leave(0));
         assert_eq!(gate.open(), None);
     }
@@ -165,7 +171,7 @@ mod tests {
     #[test]
     fn waiting_ends_at_the_deadline_while_somebody_is_inside() {
         let gate = Gate::new(1);
-        assert_eq!(gate.try_enter(0), Entry::Inside);
+        assert!(gate.try_enter(0).is_ok());
         gate.close();
         assert!(!gate.wait_empty(Some(Instant::now() + Duration::from_millis(5))));
         gate.leave(0);
@@ -182,7 +188,7 @@ mod tests {
                 let (gate, alone) = (gate.clone(), alone.clone());
                 thread::spawn(move || {
                     for _ in 0..rounds {
-                        if gate.try_enter(queue) == Entry::Inside {
+                        if gate.try_enter(queue).is_ok() {
                             assert!(!alone.load(SeqCst));
                             gate.leave(queue);
                         }

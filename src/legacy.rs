@@ -125,6 +125,12 @@ fn receive_init<'a>(
             Err(e) => return Err(failed("cannot wait for INIT", e)),
         }
         match read(device, &mut *buffer) {
+            Ok(0) => {
+                return Err(Error::new(
+                    libc::ENOTCONN,
+                    "the FUSE descriptor was closed at its other end before it brought INIT",
+                ));
+            }
             Ok(len) => break len,
             Err(Errno::EINTR | Errno::EAGAIN) => continue,
             Err(e) => return Err(failed("cannot read INIT from the FUSE descriptor", e)),
@@ -161,31 +167,62 @@ fn notify(device: BorrowedFd<'_>, code: i32, body: &[u8]) -> nix::Result<()> {
     writev(device, &parts).map(drop)
 }
 
-/// Tells the kernel that the file's length has changed from outside: its idea
-/// of the length grows at once, and its attributes are asked for anew. Must
-/// not be called by a thread that serves a queue.
-pub(crate) fn notify_resized(device: BorrowedFd<'_>, length: u64) {
-    use crate::protocol::{NotifyInvalInodeOut, NotifyStoreOut, ROOT_ID};
-    // Storing nothing at the new end stores nothing, but moves the end.
-    let store = NotifyStoreOut {
-        nodeid: ROOT_ID,
-        offset: length,
-        ..NotifyStoreOut::default()
-    };
+/// Tells the kernel, which believes in the length `told`, that the file is
+/// `length` bytes long by the host's doing: its attributes are asked for anew,
+/// and if it became longer by a page or more the kernel's idea of the end moves
+/// at once, which asynchronous reads and appends go by. Returns the length that
+/// the kernel believes in now, if that is known. Waits for nobody.
+pub(crate) fn notify_resized(device: BorrowedFd<'_>, told: u64, length: u64) -> Option<u64> {
+    use crate::protocol::{NotifyInvalInodeOut, ROOT_ID};
     // A negative offset: the attributes alone, no page of the cache.
     let invalidate = NotifyInvalInodeOut {
         ino: ROOT_ID,
         off: -1,
         len: 0,
     };
-    let told = notify(device, notify::STORE, store.as_bytes())
-        .and_then(|()| notify(device, notify::INVAL_INODE, invalidate.as_bytes()));
-    // ENOENT: nobody has looked at the file yet, so there is nothing to tell.
-    if let Err(errno) = told
-        && errno != Errno::ENOENT
-    {
-        log::debug!("the kernel was not told of the new length: {errno}");
+    let end = storable_end(told, length);
+    let stored = end.map_or(Ok(()), |end| store_zero(device, end - 1));
+    let told_now = stored.and_then(|()| {
+        notify(device, notify::INVAL_INODE, invalidate.as_bytes())?;
+        Ok(end)
+    });
+    match told_now {
+        Ok(end) => end,
+        // Nobody has looked at the file yet, so there is nothing to tell.
+        Err(Errno::ENOENT) => None,
+        Err(errno) => {
+            log::debug!("the kernel was not told of the new length: {errno}");
+            None
+        }
     }
+}
+
+/// Up to where a byte can be stored in the kernel's page cache, to move its
+/// idea of the end, without anybody ever seeing the byte. That is so in a page
+/// of which the kernel has nothing, because it lies past what it believes in;
+/// and the page's first byte must not be it: a page that is stored from there
+/// to the end of the file counts as read.
+fn storable_end(told: u64, length: u64) -> Option<u64> {
+    const PAGE: u64 = 4096;
+    let end = if length % PAGE == 1 {
+        length - 1
+    } else {
+        length
+    };
+    let first_unknown_page = told.div_ceil(PAGE);
+    (end > told && (end - 1) / PAGE >= first_unknown_page).then_some(end)
+}
+
+/// Stores a byte at `offset`: with none to store the end would not move.
+fn store_zero(device: BorrowedFd<'_>, offset: u64) -> nix::Result<()> {
+    use crate::protocol::{NotifyStoreOut, ROOT_ID};
+    let store = NotifyStoreOut {
+        nodeid: ROOT_ID,
+        offset,
+        size: 1,
+        padding: 0,
+    };
+    notify(device, notify::STORE, &[store.as_bytes(), &[0]].concat())
 }
 
 /// One queue's connection to /dev/fuse.
@@ -345,13 +382,18 @@ impl Transport for Legacy {
                     if arrange(&mut slot, len) {
                         return Fetched::Request(slot);
                     }
+                    let capacity = slot.capacity();
+                    slot.arrived(0, capacity);
                     if let Err(error) = self.send(&mut slot, libc::EINVAL, 0) {
                         break Fetched::Broken(error);
                     }
                 }
                 // Interrupted; or the request was aborted, or could not be
                 // copied and has been ended by the kernel: the next one.
-                Err(Errno::EINTR | Errno::ENOENT | Errno::EIO) => {}
+                Err(Errno::EINTR | Errno::ENOENT | Errno::EIO) => {
+                    let capacity = slot.capacity();
+                    slot.arrived(0, capacity);
+                }
                 Err(Errno::EAGAIN) => break Fetched::Nothing,
                 Err(Errno::ENODEV | Errno::ECONNABORTED | Errno::ENOTCONN) => break Fetched::Gone,
                 Err(e) => break Fetched::Broken(failed("cannot read from /dev/fuse", e)),
@@ -399,6 +441,19 @@ impl Transport for Legacy {
 mod tests {
     use super::*;
     use crate::protocol::{ROOT_ID, SetattrIn, WriteIn};
+
+    #[test]
+    fn only_a_page_that_the_kernel_has_nothing_of_is_stored_to() {
+        assert_eq!(storable_end(4096, 8192), Some(8192));
+        assert_eq!(storable_end(0, 100), Some(100));
+        assert_eq!(storable_end(0, 1), None);
+        assert_eq!(storable_end(4096, 4097), None);
+        assert_eq!(storable_end(4096, 8193), Some(8192));
+        assert_eq!(storable_end(100, 4096), None);
+        assert_eq!(storable_end(100, 5000), Some(5000));
+        assert_eq!(storable_end(8192, 4096), None);
+        assert_eq!(storable_end(8192, 8192), None);
+    }
 
     /// A slot into which `message` was read as from /dev/fuse.
     fn read_into_slot(opcode: u32, body: &[u8]) -> (Slot, bool) {

@@ -63,6 +63,7 @@ mod capi;
 mod config;
 mod control;
 mod driver;
+mod ending;
 mod error;
 mod export;
 mod file;
@@ -74,6 +75,8 @@ mod properties;
 mod protocol;
 mod queue;
 mod request;
+#[cfg(test)]
+mod rig;
 mod slot;
 mod stats;
 mod task;

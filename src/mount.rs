@@ -4,6 +4,7 @@
 //! Once a mount is visible nothing here opens the mounted file or asks for its
 //! attributes: the answer would have to come from this very process.
 
+mod abort;
 mod fusermount;
 mod kernel;
 mod mountinfo;
@@ -11,20 +12,23 @@ mod mountpoint;
 mod registry;
 #[cfg(test)]
 mod tests;
+mod writeback;
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::thread::JoinHandle;
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, umount2};
-use nix::sys::stat::Mode;
 
 use crate::error::{Error, Result};
 use mountinfo::{MountEntry, MountId, MountTable};
 use mountpoint::Mountpoint;
 use registry::{Claim, Presence};
+use writeback::WriteBack;
+
+pub(crate) use abort::Aborter;
 
 /// Who may use the exported file besides its owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -255,6 +259,8 @@ pub(crate) enum Unmount {
     /// Moreover every request fails at once, and so will later ones. Where only
     /// fusermount3 may unmount this is `Lazy`: closing the device aborts.
     Force,
+    /// Only if nobody uses the file; `EBUSY` otherwise.
+    IfIdle,
 }
 
 /// A visible mount. Dropping it frees the path for another export of this
@@ -284,16 +290,31 @@ impl Mount {
         self.method.name()
     }
 
-    /// Opens the mounted file, if it is still to be found. As
-    /// [`unmount`](Self::unmount), not for a thread that serves it.
-    pub(crate) fn open_file(&self) -> Option<OwnedFd> {
-        let Presence::Mounted(id) = self.claim.presence() else {
-            return None;
+    /// As [`unmount`](Self::unmount) with [`Unmount::Lazy`], and has what
+    /// clients hold in mapped memory written back; to that end the connection
+    /// must be served until this returns. The second result is about that, and
+    /// the thread that did it, if any, is to be joined after the connection's
+    /// end.
+    pub(crate) fn unmount_written_back(&self) -> (Result<()>, Result<()>, Option<JoinHandle<()>>) {
+        let failed = |e: &dyn std::fmt::Display| {
+            let path = quoted(self.path());
+            let text = format!("{path}: mapped memory was not written back: {e}");
+            Error::new(libc::EIO, text)
         };
-        let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-        let file = open(self.path(), flags, Mode::empty()).ok()?;
-        let is_ours = MountId::of_file(file.as_fd()).is_some_and(|on| on.same_mount(&id));
-        is_ours.then_some(file)
+        let begun = match self.claim.presence() {
+            Presence::Mounted(id) => WriteBack::begin(self.path().to_owned(), id),
+            _ => Err(std::io::ErrorKind::NotFound.into()),
+        };
+        match begun {
+            Ok(mut write_back) => {
+                write_back.wait_open();
+                let unmounted = self.unmount(Unmount::Lazy);
+                let (result, thread) = write_back.finish();
+                let written = result.map_err(|errno| failed(&errno.desc()));
+                (unmounted, written, Some(thread))
+            }
+            Err(e) => (self.unmount(Unmount::Lazy), Err(failed(&e)), None),
+        }
     }
 
     /// Removes the mount, and only this one. Succeeds if it is gone already, or
@@ -364,10 +385,11 @@ fn unmount_path(path: &Path, how: Unmount) -> Result<()> {
     let flags = match how {
         Unmount::Lazy => MntFlags::MNT_DETACH,
         Unmount::Force => MntFlags::MNT_DETACH | MntFlags::MNT_FORCE,
+        Unmount::IfIdle => MntFlags::empty(),
     };
     match umount2(path, flags | MntFlags::UMOUNT_NOFOLLOW) {
         Ok(()) => Ok(()),
-        Err(Errno::EPERM) => fusermount::unmount(path),
+        Err(Errno::EPERM) => fusermount::unmount(path, how != Unmount::IfIdle),
         Err(errno) => Err(failed(path, "cannot unmount", errno)),
     }
 }

@@ -18,7 +18,6 @@ use crate::control::{Owned, panic_message};
 use crate::driver::{BlockDriver, Extent, Io};
 use crate::error::errno_of;
 use crate::file::{Changes, File, NewTime};
-use crate::gate::Entry;
 use crate::protocol::{
     AttrOut, LseekOut, MAX_LENGTH, OpenOut, SetattrIn, StatfsOut, WriteOut, open_flag, set,
 };
@@ -49,6 +48,8 @@ pub(crate) async fn serve<D: BlockDriver>(
 ) {
     loop {
         let mut slot = mailbox.receive().await;
+        let stats = device.stats.queue(device.queue);
+        stats.begun();
         let start = Instant::now();
         let request = Request {
             device: &device,
@@ -72,7 +73,6 @@ pub(crate) async fn serve<D: BlockDriver>(
         if let Err(errno) = outcome {
             slot.reply = Reply::Error(errno);
         }
-        let stats = device.stats.queue(device.queue);
         stats.record(kind, outcome, start.elapsed());
         mailbox.answer(slot, panic);
     }
@@ -189,7 +189,9 @@ impl<D: BlockDriver> Request<'_, D> {
 
     async fn write(&self, slot: &mut Slot, offset: u64, size: usize, durable: bool) -> Outcome {
         self.check_writable()?;
-        let (inside, len) = self.begin_write(offset, size).await?;
+        let end = offset + size as u64;
+        let begun = self.begin_write(offset, size).await;
+        let (inside, len) = begun.inspect_err(|_| self.file().write_failed(end))?;
         let data = &slot.data()[..len];
         let result = self.driver().write(&self.io, data, offset).await;
         if result.is_ok() {
@@ -198,6 +200,7 @@ impl<D: BlockDriver> Request<'_, D> {
         drop(inside);
         if let Err(e) = result {
             self.take_back_room().await;
+            self.file().write_failed(end);
             return Err(answerable(&e));
         }
         self.file().touch(self.device.queue);
@@ -238,10 +241,7 @@ impl<D: BlockDriver> Request<'_, D> {
     /// Makes the file at least `end` bytes long; never shrinks it.
     async fn grow(&self, end: u64) -> Result<(), Errno> {
         let _resizing = self.file().resizing.lock().await;
-        if end <= self.file().length() {
-            return Ok(());
-        }
-        if end <= self.present_length()? {
+        if end <= self.file().length() || end <= self.present_length()? {
             return Ok(());
         }
         let result = self.driver().truncate(&self.io, end).await;
@@ -255,7 +255,7 @@ impl<D: BlockDriver> Request<'_, D> {
     /// would cut its bytes off. The caller holds `resizing`.
     fn present_length(&self) -> Result<u64, Errno> {
         let present = self.driver().length().map_err(|e| answerable(&e))?;
-        if present > self.file().length() {
+        if present > self.file().length() && present <= MAX_LENGTH {
             self.file().set_length(present);
         }
         Ok(self.file().length())
@@ -272,7 +272,9 @@ impl<D: BlockDriver> Request<'_, D> {
         let _resizing = file.resizing.lock().await;
         let _alone = Alone::begin(file).await;
         let reached = file.reached();
-        if reached >= file.length() {
+        // What the host has added meanwhile is not ours to take back.
+        let is_ours = self.driver().length().is_ok_and(|l| l == file.length());
+        if reached >= file.length() || !is_ours {
             return;
         }
         match self.driver().truncate(&self.io, reached).await {
@@ -293,10 +295,13 @@ impl<D: BlockDriver> Request<'_, D> {
         Ok(())
     }
 
-    /// Sets the length exactly.
-    async fn truncate(&self, length: u64) -> Result<(), Errno> {
+    /// Sets the length exactly, unless that is a false rollback.
+    async fn truncate(&self, length: u64, may_be_rollback: bool) -> Result<(), Errno> {
         let _resizing = self.file().resizing.lock().await;
-        let present = self.file().length();
+        let present = self.present_length()?;
+        if may_be_rollback && self.file().is_false_rollback(length) {
+            return Ok(());
+        }
         if length < present {
             // A write that is still under way past the new end would leave
             // its bytes there, to reappear when the file grows again; a read
@@ -323,11 +328,13 @@ impl<D: BlockDriver> Request<'_, D> {
     }
 
     fn attributes(&self, slot: &mut Slot) -> Outcome {
-        let allocated = self.driver().allocated_size();
-        let allocated = allocated.map_err(|e| answerable(&e))?;
-        let attr = self
-            .file()
-            .attributes(allocated.unwrap_or_else(|| self.file().length()));
+        // Not worth failing a stat, or a truncation that has been done.
+        let allocated = self.driver().allocated_size().unwrap_or_else(|e| {
+            log::warn!("the driver cannot say how much is allocated: {e}");
+            None
+        });
+        let allocated = allocated.unwrap_or_else(|| self.file().length());
+        let attr = self.file().attributes(allocated);
         slot.answer_with(&AttrOut {
             attr_valid: ATTR_VALID,
             attr,
@@ -357,10 +364,21 @@ impl<D: BlockDriver> Request<'_, D> {
         if valid(others) {
             self.file().change(&changes)?;
         }
-        if valid(set::SIZE) && !self.file().is_false_rollback(setattr.size) {
-            self.truncate(setattr.size).await?;
+        if valid(set::SIZE) {
+            self.setattr_size(setattr).await?;
         }
         self.attributes(slot)
+    }
+
+    async fn setattr_size(&self, setattr: &SetattrIn) -> Result<(), Errno> {
+        let of_open_file = setattr.valid & set::FH != 0;
+        // An open with O_TRUNC, which leaves a file of fixed size alone. It
+        // cannot be told from truncate(2) of the path to nothing.
+        if setattr.size == 0 && !of_open_file && !self.file().policy.growable {
+            return Ok(());
+        }
+        let may_be_rollback = of_open_file;
+        self.truncate(setattr.size, may_be_rollback).await
     }
 
     async fn open(&self, slot: &mut Slot, flags: i32) -> Outcome {
@@ -369,17 +387,22 @@ impl<D: BlockDriver> Request<'_, D> {
         if writes || empties {
             self.check_writable()?;
         }
-        if empties {
-            if self.file().policy.growable {
-                self.truncate(0).await?;
-            } else {
-                self.file().truncation_ignored();
-            }
+        // Comes here only if it was asked for in INIT, for a growable file.
+        if empties && self.file().policy.growable {
+            self.truncate(0, false).await?;
+            self.file().tell(0);
         }
         self.file().opened();
+        let flags = open_flag::DIRECT_IO | open_flag::PARALLEL_DIRECT_WRITES;
+        // A reader's close needs no answer, which could not come if it is
+        // this very process that exits with the file open.
+        let (fh, open_flags) = match writes {
+            true => (FH_WRITER, flags),
+            false => (FH_READER, flags | open_flag::NOFLUSH),
+        };
         slot.answer_with(&OpenOut {
-            fh: if writes { FH_WRITER } else { FH_READER },
-            open_flags: open_flag::DIRECT_IO | open_flag::PARALLEL_DIRECT_WRITES,
+            fh,
+            open_flags,
             backing_id: 0,
         });
         Ok(0)
@@ -422,13 +445,17 @@ impl<D: BlockDriver> Request<'_, D> {
             // Nobody has seen the new length yet, so nothing is cut off; but
             // the driver may rely on nothing being written meanwhile.
             let _alone = Alone::begin(self.file()).await;
-            if let Err(e) = self.driver().truncate(&self.io, old).await {
+            // Nor what the host has added meanwhile.
+            if self.driver().length().is_ok_and(|l| l == end)
+                && let Err(e) = self.driver().truncate(&self.io, old).await
+            {
                 log::error!("cannot take back the growth to {end} bytes: {e}");
                 self.file().set_length(end);
             }
             return Err(errno);
         }
         self.file().set_length(end);
+        self.file().tell_reached(end);
         self.file().touch(self.device.queue);
         Ok(())
     }
@@ -575,7 +602,7 @@ impl<D: BlockDriver> Request<'_, D> {
     /// file does not shrink.
     async fn begin_use(&self) -> Use<'_> {
         let (file, queue) = (self.file(), self.device.queue);
-        while file.uses.try_enter(queue) != Entry::Inside {
+        while file.uses.try_enter(queue).is_err() {
             // Who closed the gate holds this lock until it is open again.
             drop(file.resizing.lock().await);
         }
@@ -638,4 +665,295 @@ async fn yield_now() {
         Poll::Pending
     })
     .await;
+}
+
+#[cfg(test)]
+mod tests {
+    use libc::{FALLOC_FL_KEEP_SIZE as KEEP, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE as ZERO};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::rig::{CAPACITY, Disk, Rig};
+
+    const PUNCH: i32 = FALLOC_FL_PUNCH_HOLE | KEEP;
+
+    fn written(answer: &crate::transport::memory::Answer) -> u32 {
+        answer.structure::<WriteOut>().size
+    }
+
+    fn calls(rig: &Rig) -> Vec<&'static str> {
+        rig.disk
+            .log
+            .lock()
+            .drain(..)
+            .map(|(name, ..)| name)
+            .collect()
+    }
+
+    #[test]
+    fn a_growing_write_truncates_first_and_leaves_zeroes_between() {
+        let mut rig = Rig::new(Disk::new(vec![1; 10]), true);
+        assert_eq!(written(&rig.write(100, b"abc")), 3);
+        assert_eq!(calls(&rig), ["truncate", "write"]);
+        let data = rig.disk.data.lock().clone();
+        assert_eq!(data.len(), 103);
+        assert!(data[10..100].iter().all(|b| *b == 0));
+        assert_eq!(rig.read(101, 50).data, b"bc");
+        assert_eq!(rig.read(103, 50).data, b"");
+    }
+
+    #[test]
+    fn a_write_over_the_end_of_a_fixed_file_is_cut() {
+        let mut rig = Rig::new(Disk::new(vec![1; 10]), false);
+        assert_eq!(written(&rig.write(8, b"abc")), 2);
+        assert_eq!(rig.write(10, b"abc").error, libc::ENOSPC);
+        assert_eq!(rig.write(99, b"abc").error, libc::ENOSPC);
+        assert_eq!(rig.disk.data.lock()[7..], *b"\x01ab");
+    }
+
+    #[test]
+    fn growth_that_fails_changes_nothing() {
+        let mut rig = Rig::new(Disk::new(vec![1; 10]), true);
+        *rig.disk.fails.lock() = Some("truncate");
+        assert_eq!(rig.write(8, b"abc").error, libc::EIO);
+        assert_eq!(rig.file.length(), 10);
+        *rig.disk.fails.lock() = Some("write");
+        // Space that cannot be zeroed is given back.
+        assert_eq!(rig.fallocate(0, 0, 50).error, libc::EIO);
+        assert_eq!(rig.file.length(), 10);
+        assert_eq!(*rig.disk.data.lock(), [1; 10]);
+    }
+
+    #[test]
+    fn what_the_host_added_is_not_cut_off() {
+        for how in 0..4 {
+            let mut rig = Rig::new(Disk::new(vec![1; 10]), true);
+            // Not told yet.
+            *rig.disk.data.lock() = vec![2; 100];
+            match how {
+                0 => assert_eq!(written(&rig.write(20, b"abc")), 3),
+                1 => assert_eq!(rig.truncate(50).error, 0, "an honest truncation"),
+                2 => assert_eq!(rig.fallocate(0, 0, 50).error, 0),
+                // The kernel's answer to a failed write, with its old length.
+                _ => {
+                    rig.file.tell(10);
+                    rig.file.write_failed(20);
+                    assert_eq!(rig.truncate(10).error, 0);
+                }
+            }
+            let expected = if how == 1 { 50 } else { 100 };
+            assert_eq!(rig.disk.data.lock().len(), expected, "{how}");
+            assert_eq!(rig.file.length(), expected as u64);
+        }
+    }
+
+    #[test]
+    fn only_a_rollback_to_what_the_kernel_wrongly_believes_is_ignored() {
+        let grown = || {
+            let rig = Rig::new(Disk::new(vec![1; 100]), true);
+            rig.file.tell(10);
+            rig
+        };
+        // No write has failed: somebody wants it.
+        let mut rig = grown();
+        assert_eq!(rig.truncate(10).error, 0);
+        assert_eq!(rig.file.length(), 10);
+        // A write has failed, but not past what the kernel believes in.
+        let mut rig = grown();
+        rig.file.write_failed(5);
+        assert_eq!(rig.truncate(10).error, 0);
+        assert_eq!(rig.file.length(), 10);
+        // Another length than that.
+        let mut rig = grown();
+        rig.file.write_failed(20);
+        assert_eq!(rig.truncate(11).error, 0);
+        assert_eq!(rig.file.length(), 11);
+        // The answer has told the kernel better.
+        let mut rig = grown();
+        rig.file.write_failed(20);
+        assert_eq!(rig.truncate(10).error, 0);
+        assert_eq!(rig.file.length(), 100);
+        assert_eq!(rig.truncate(10).error, 0);
+        assert_eq!(rig.file.length(), 10);
+    }
+
+    #[test]
+    fn zeroing_falls_back_to_what_the_driver_can_do() {
+        for zeroes in [true, false] {
+            let mut disk = Disk::new(vec![1; 3 * CAPACITY]);
+            disk.zeroes = zeroes;
+            let mut rig = Rig::new(disk, false);
+            assert_eq!(rig.fallocate(PUNCH, 5, 2 * CAPACITY as u64).error, 0);
+            if zeroes {
+                assert_eq!(calls(&rig), ["discard"]);
+            } else {
+                assert_eq!(calls(&rig), ["discard", "write_zeroes", "write", "write"]);
+            }
+            let data = rig.disk.data.lock().clone();
+            assert!(data[5..][..2 * CAPACITY].iter().all(|b| *b == 0));
+            assert!(
+                data[..5]
+                    .iter()
+                    .chain(&data[2 * CAPACITY + 5..])
+                    .all(|b| *b == 1)
+            );
+        }
+    }
+
+    #[test]
+    fn a_shrinking_truncation_waits_for_writes_and_holds_up_later_ones() {
+        let mut rig = Rig::new(Disk::new(vec![1; 100]), true);
+        rig.disk.hold();
+        let send_write = |rig: &mut Rig, offset, data: &[u8]| {
+            let body = crate::rig::write(offset, data.len());
+            rig.send(
+                crate::protocol::opcode::WRITE,
+                zerocopy::IntoBytes::as_bytes(&body),
+                data,
+            )
+        };
+        send_write(&mut rig, 90, b"first");
+        let body = SetattrIn {
+            valid: set::SIZE,
+            size: 50,
+            ..SetattrIn::default()
+        };
+        rig.send(
+            crate::protocol::opcode::SETATTR,
+            zerocopy::IntoBytes::as_bytes(&body),
+            &[],
+        );
+        send_write(&mut rig, 60, b"later");
+        rig.run();
+        assert_eq!(
+            rig.disk.waiting(),
+            [90],
+            "neither the truncation nor the later write"
+        );
+        rig.disk.release(0);
+        rig.run();
+        assert_eq!(rig.disk.waiting(), [50], "the truncation alone");
+        rig.disk.release(0);
+        rig.run();
+        // The later write grows the file again.
+        assert_eq!(rig.disk.waiting(), [65]);
+        rig.disk.release(0);
+        rig.run();
+        assert_eq!(rig.disk.waiting(), [60]);
+        rig.disk.release(0);
+        rig.run();
+        assert_eq!(rig.answers().len(), 3);
+        let data = rig.disk.data.lock().clone();
+        assert_eq!(data[50..], [[0; 10].as_slice(), b"later"].concat());
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Read(u64, usize),
+        Write(u64, usize, u8),
+        Truncate(u64),
+        Fallocate(i32, u64, u64),
+    }
+
+    const MOST: u64 = 300;
+
+    fn step() -> impl Strategy<Value = Step> {
+        let mode = prop::sample::select(vec![0, PUNCH, ZERO, ZERO | KEEP, KEEP]);
+        prop_oneof![
+            (0..MOST, 0usize..200).prop_map(|(o, n)| Step::Read(o, n)),
+            (0..MOST, 1usize..200, 1u8..).prop_map(|(o, n, b)| Step::Write(o, n, b)),
+            (0..MOST).prop_map(Step::Truncate),
+            (mode, 0..MOST, 1..MOST).prop_map(|(m, o, n)| Step::Fallocate(m, o, n)),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: if cfg!(miri) { 8 } else { 256 },
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
+        /// The file behaves as a plain one of the same policy would.
+        #[test]
+        fn any_sequence_does_what_it_does_to_a_vector(
+            steps in prop::collection::vec(step(), 1..40), zeroes: bool, growable: bool,
+        ) {
+            let mut model = vec![9u8; 128];
+            let mut disk = Disk::new(model.clone());
+            disk.zeroes = zeroes;
+            let mut rig = Rig::new(disk, growable);
+            for step in steps {
+                match step {
+                    Step::Read(offset, size) => {
+                        let from = model.len().min(offset as usize);
+                        let to = model.len().min(from + size);
+                        prop_assert_eq!(&rig.read(offset, size).data, &model[from..to]);
+                    }
+                    Step::Write(offset, size, byte) => {
+                        let answer = rig.write(offset, &vec![byte; size]);
+                        let (start, mut end) = (offset as usize, offset as usize + size);
+                        if !growable {
+                            end = end.min(model.len());
+                        }
+                        if start >= end {
+                            prop_assert_eq!(answer.error, libc::ENOSPC);
+                            continue;
+                        }
+                        prop_assert_eq!(written(&answer) as usize, end - start);
+                        model.resize(model.len().max(end), 0);
+                        model[start..end].fill(byte);
+                    }
+                    Step::Truncate(size) => {
+                        let out = rig.truncate(size).structure::<AttrOut>();
+                        prop_assert_eq!(out.attr.size, size);
+                        model.resize(size as usize, 0);
+                    }
+                    Step::Fallocate(mode, offset, length) => {
+                        let error = rig.fallocate(mode, offset, length).error;
+                        if mode == KEEP {
+                            prop_assert_eq!(error, libc::EOPNOTSUPP);
+                            continue;
+                        }
+                        let end = (offset + length) as usize;
+                        let grows = mode & KEEP == 0 && end > model.len();
+                        if error == 0 && grows {
+                            model.resize(end, 0);
+                        }
+                        prop_assert!(error == 0 || (grows && !growable), "{}", error);
+                        if mode != 0 && error == 0 {
+                            let end = end.min(model.len());
+                            let start = end.min(offset as usize);
+                            model[start..end].fill(0);
+                        }
+                    }
+                }
+                prop_assert_eq!(&*rig.disk.data.lock(), &model);
+                prop_assert_eq!(rig.file.length(), model.len() as u64);
+            }
+            prop_assert!(rig.disk.events.lock().is_empty());
+        }
+
+        #[test]
+        fn lseek_finds_what_a_walk_finds(
+            extents in prop::collection::vec(1u64..9, 1..200), offset in 0u64..900,
+        ) {
+            let kinds: Vec<bool> = extents.iter().enumerate()
+                .flat_map(|(n, len)| vec![n % 2 == 0; *len as usize])
+                .collect();
+            let mut disk = Disk::new(vec![0; kinds.len()]);
+            disk.extents = extents;
+            let mut rig = Rig::new(disk, false);
+            for (whence, hole) in [(libc::SEEK_DATA, false), (libc::SEEK_HOLE, true)] {
+                let answer = rig.lseek(whence, offset);
+                let rest = kinds.iter().enumerate().skip(offset as usize);
+                let found = rest.filter(|(_, k)| **k == hole).map(|(at, _)| at as u64).next();
+                let end = (hole && offset < kinds.len() as u64).then_some(kinds.len() as u64);
+                match found.or(end) {
+                    Some(at) => prop_assert_eq!(answer.structure::<LseekOut>().offset, at),
+                    None => prop_assert_eq!(answer.error, libc::ENXIO),
+                }
+            }
+        }
+    }
 }

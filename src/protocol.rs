@@ -79,6 +79,7 @@ pub(crate) mod init_flag {
 /// Bits of `open_out.open_flags`.
 pub(crate) mod open_flag {
     pub(crate) const DIRECT_IO: u32 = 1 << 0;
+    pub(crate) const NOFLUSH: u32 = 1 << 5;
     pub(crate) const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 }
 
@@ -90,6 +91,8 @@ pub(crate) mod set {
     pub(crate) const SIZE: u32 = 1 << 3;
     pub(crate) const ATIME: u32 = 1 << 4;
     pub(crate) const MTIME: u32 = 1 << 5;
+    /// Of an open file, not of a path.
+    pub(crate) const FH: u32 = 1 << 6;
     pub(crate) const ATIME_NOW: u32 = 1 << 7;
     pub(crate) const MTIME_NOW: u32 = 1 << 8;
     pub(crate) const CTIME: u32 = 1 << 10;
@@ -192,6 +195,8 @@ pub(crate) struct Offer {
     pub(crate) max_request: u32,
     /// How many background requests the kernel may keep in flight.
     pub(crate) max_background: u16,
+    /// Whether an open with O_TRUNC is to empty the file.
+    pub(crate) truncates_on_open: bool,
 }
 
 /// What was agreed upon.
@@ -263,7 +268,7 @@ pub(crate) fn negotiate(body: &[u8], offer: &Offer) -> Result<InitReply, String>
         } else {
             0
         };
-    let flags = known & wanted_flags();
+    let flags = known & wanted_flags(offer);
     let pages = if flags & init_flag::MAX_PAGES != 0 {
         offer.max_request / PAGE
     } else {
@@ -296,14 +301,19 @@ pub(crate) fn negotiate(body: &[u8], offer: &Offer) -> Result<InitReply, String>
 /// The flags that serve a block device well.
 ///
 /// ASYNC_DIO and ASYNC_READ let one client have many requests in flight.
-/// ATOMIC_O_TRUNC brings O_TRUNC in OPEN, so that it can be told from an
-/// explicit truncate. Left out on purpose: WRITEBACK_CACHE (the page cache
+/// ATOMIC_O_TRUNC brings O_TRUNC in OPEN; with it the kernel takes the file for
+/// empty whatever the answer is, so it is only for files that then are. Left out on purpose: WRITEBACK_CACHE (the page cache
 /// would hold data that the driver has not seen), locks (the kernel does them
 /// by itself), and everything about directories but PARALLEL_DIROPS.
-fn wanted_flags() -> u64 {
+fn wanted_flags(offer: &Offer) -> u64 {
     use init_flag::*;
-    ASYNC_READ
-        | ATOMIC_O_TRUNC
+    let truncation = if offer.truncates_on_open {
+        ATOMIC_O_TRUNC
+    } else {
+        0
+    };
+    truncation
+        | ASYNC_READ
         | BIG_WRITES
         | ASYNC_DIO
         | PARALLEL_DIROPS
@@ -321,6 +331,7 @@ mod tests {
     const OFFER: Offer = Offer {
         max_request: 1 << 20,
         max_background: 256,
+        truncates_on_open: true,
     };
 
     fn init(major: u32, minor: u32, flags: u64) -> InitIn {
@@ -364,7 +375,7 @@ mod tests {
         assert_eq!(reply.bytes().len(), 64);
         let agreed = reply.agreement.unwrap();
         assert_eq!(agreed.max_request, 1 << 20);
-        assert_eq!(agreed.flags, wanted_flags());
+        assert_eq!(agreed.flags, wanted_flags(&OFFER));
         let out = InitOut::read_from_bytes(reply.bytes()).unwrap();
         assert_eq!(out.max_pages, 256);
         assert_eq!(out.max_write, 1 << 20);
@@ -403,11 +414,17 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: if cfg!(miri) { 8 } else { 256 },
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
         #[test]
         fn flags_that_the_kernel_does_not_offer_are_never_set(
             minor in OLDEST_MINOR..100, flags: u64, pages in 1u32..=256,
         ) {
-            let offer = Offer { max_request: pages * PAGE, max_background: 64 };
+            let offer = Offer { max_request: pages * PAGE, max_background: 64, truncates_on_open: false };
             let reply = negotiate(init(7, minor, flags).as_bytes(), &offer).unwrap();
             let out = reply.out;
             prop_assert_eq!(out.flags & !(flags as u32), 0);

@@ -9,7 +9,6 @@ use std::sync::Arc;
 
 use crate::control::{Control, Phase};
 use crate::error::Error;
-use crate::gate::Entry;
 use crate::slot::{Reply, Slot};
 use crate::task::{Answered, Task};
 use crate::transport::{Fetched, Transport};
@@ -77,6 +76,7 @@ impl<T: Transport> Queue<T> {
         if self.in_batch {
             self.in_batch = false;
             self.control.hook(|h| h.batch_end(self.index));
+            self.leave();
         }
         progress
     }
@@ -84,11 +84,12 @@ impl<T: Transport> Queue<T> {
     fn run(&mut self, budget: usize) -> Progress {
         let wakeups = self.wakeups.clone();
         wakeups.take(|slot| self.resume(slot));
-        if self.ended || self.control.phase() == Phase::Closed {
+        if self.is_ending() {
             return self.finish();
         }
         let mut begun = 0;
-        while begun < budget {
+        // The last request may have halted the export.
+        while begun < budget && !self.is_ending() {
             let slot = match self.parked.pop_front() {
                 Some(slot) => slot,
                 None => match self.fetch() {
@@ -101,7 +102,7 @@ impl<T: Transport> Queue<T> {
             }
             begun += 1;
         }
-        if self.ended {
+        if self.is_ending() {
             return self.finish();
         }
         self.listen();
@@ -138,8 +139,8 @@ impl<T: Transport> Queue<T> {
 
     /// Begins a request, or keeps it if there is a drain; false: no more now.
     fn begin(&mut self, slot: Box<Slot>) -> bool {
-        if let Entry::Closed { emptied } = self.control.requests.try_enter(self.index) {
-            if emptied {
+        if let Err(closed) = self.control.requests.try_enter(self.index) {
+            if closed.emptied {
                 self.control.hook(|h| h.idle());
             }
             if self.control.phase() >= Phase::Stopping {
@@ -151,6 +152,8 @@ impl<T: Transport> Queue<T> {
         }
         if !self.in_batch {
             self.in_batch = true;
+            // Until the batch's end has been told the queue is not idle.
+            self.control.requests.enter_again(self.index);
             self.control.hook(|h| h.batch_begin(self.index));
         }
         self.in_flight += 1;
@@ -174,11 +177,15 @@ impl<T: Transport> Queue<T> {
         };
         self.commit(slot);
         self.in_flight -= 1;
-        if self.control.requests.leave(self.index) {
-            self.control.hook(|h| h.idle());
-        }
+        self.leave();
         if let Some(message) = panic {
             self.control.panicked(&message);
+        }
+    }
+
+    fn leave(&self) {
+        if self.control.requests.leave(self.index) {
+            self.control.hook(|h| h.idle());
         }
     }
 
@@ -199,7 +206,17 @@ impl<T: Transport> Queue<T> {
         self.control.halt(error);
     }
 
-    /// Takes no more requests; ends once none is in flight.
+    #[cfg(test)]
+    pub(crate) fn transport(&mut self) -> &mut T {
+        &mut self.transport
+    }
+
+    fn is_ending(&self) -> bool {
+        self.ended || self.control.phase() == Phase::Closed
+    }
+
+    /// Begins no more requests, and ends once none is in flight. Until then
+    /// those that arrive are refused: nobody waits for another's request.
     fn finish(&mut self) -> Progress {
         while let Some(slot) = self.parked.pop_front() {
             self.refuse(slot);
@@ -207,8 +224,16 @@ impl<T: Transport> Queue<T> {
         if self.in_flight == 0 {
             return Progress::Finished;
         }
+        let mut refused = 0;
+        while refused < BUDGET
+            && !self.ended
+            && let Some(slot) = self.fetch()
+        {
+            self.refuse(slot);
+            refused += 1;
+        }
         self.listen();
-        if self.wakeups.is_needed() {
+        if refused == BUDGET || self.wakeups.is_needed() {
             Progress::More
         } else {
             Progress::Idle
@@ -218,13 +243,265 @@ impl<T: Transport> Queue<T> {
     /// Has the transport wake the queue for requests only if they can be
     /// served, so that a waiting request does not keep it awake.
     fn listen(&mut self) {
-        let ending = self.ended || self.control.phase() == Phase::Closed;
-        let wanted = !ending && self.parked.is_empty();
+        let has_room = self.in_flight < self.transport.slots();
+        let wanted = !self.ended && has_room && self.parked.is_empty();
         if wanted != self.wants_requests {
             self.wants_requests = wanted;
+            if !has_room {
+                // The wake-up for a request that this queue cannot take may
+                // have come to it alone.
+                self.control.kick();
+            }
             if let Err(error) = self.transport.want_requests(wanted) {
                 self.broken(error);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering::SeqCst;
+    use std::thread;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::driver::Event;
+    use crate::protocol::opcode;
+    use crate::rig::{Disk, Rig, SLOTS};
+
+    const PLACE: usize = 16;
+
+    /// A disk whose every place holds its own number.
+    fn numbered(places: usize) -> Disk {
+        Disk::new((0..places * PLACE).map(|n| (n / PLACE) as u8).collect())
+    }
+
+    fn read_place(rig: &mut Rig, place: usize) -> u64 {
+        rig.send_read((place * PLACE) as u64, PLACE)
+    }
+
+    #[test]
+    fn requests_wait_for_the_end_of_a_drain() {
+        let mut rig = Rig::new(numbered(8), false);
+        rig.control.requests.close();
+        rig.control.requests.close();
+        let sent: Vec<_> = (0..6).map(|n| read_place(&mut rig, n)).collect();
+        assert_eq!(rig.run(), Progress::Idle);
+        assert!(rig.answers().is_empty());
+        assert!(rig.disk.log.lock().is_empty());
+        assert!(!rig.queue.transport().wanted, "it would not sleep");
+        assert_eq!(rig.control.requests.open(), Some(false));
+        assert_eq!(rig.run(), Progress::Idle);
+        assert!(rig.answers().is_empty());
+        assert_eq!(rig.control.requests.open(), Some(true));
+        rig.control.kick();
+        assert_eq!(rig.run(), Progress::Idle);
+        let answers: Vec<_> = rig.answers().iter().map(|a| a.unique).collect();
+        assert_eq!(answers, sent, "in the order of their arrival");
+        assert!(rig.queue.transport().wanted);
+    }
+
+    #[test]
+    fn a_drain_is_idle_once_what_is_in_flight_is_answered() {
+        let mut rig = Rig::new(numbered(8), false);
+        rig.disk.hold();
+        for n in 0..2 {
+            read_place(&mut rig, n);
+        }
+        rig.run();
+        rig.control.requests.close();
+        read_place(&mut rig, 2);
+        rig.run();
+        for left in [1, 0] {
+            assert_eq!(rig.disk.idle.load(SeqCst), 0);
+            rig.disk.release(0);
+            rig.run();
+            assert_eq!(rig.control.requests.count(), left);
+        }
+        assert_eq!(rig.disk.idle.load(SeqCst), 1);
+        assert_eq!(rig.answers().len(), 2);
+    }
+
+    #[test]
+    fn who_waits_in_a_drain_is_refused_when_the_export_stops() {
+        for phase in [Phase::Stopping, Phase::Closed] {
+            let mut rig = Rig::new(numbered(8), false);
+            rig.disk.hold();
+            let first = read_place(&mut rig, 0);
+            rig.run();
+            rig.control.requests.close();
+            let waiting = read_place(&mut rig, 1);
+            rig.run();
+            rig.control.advance(phase);
+            rig.run();
+            let answers = rig.answers();
+            assert_eq!(answers.len(), 1);
+            assert_eq!(
+                (answers[0].unique, answers[0].error),
+                (waiting, libc::ENOTCONN)
+            );
+            // What is in flight is answered all the same.
+            rig.control.advance(Phase::Closed);
+            assert_eq!(rig.run(), Progress::Idle);
+            rig.disk.release(0);
+            assert_eq!(rig.run(), Progress::Finished);
+            let answers = rig.answers();
+            assert_eq!((answers[0].unique, answers[0].error), (first, 0));
+        }
+    }
+
+    #[test]
+    fn a_full_queue_does_not_listen() {
+        let mut rig = Rig::new(numbered(8), false);
+        rig.disk.hold();
+        for n in 0..SLOTS + 1 {
+            read_place(&mut rig, n);
+        }
+        assert_eq!(rig.run(), Progress::Idle);
+        assert_eq!(rig.disk.waiting().len(), SLOTS);
+        assert!(!rig.queue.transport().wanted);
+        rig.disk.release(0);
+        rig.run();
+        // The one that had no slot has taken its place.
+        assert_eq!(rig.disk.waiting().len(), SLOTS);
+        rig.disk.release(0);
+        rig.run();
+        assert!(rig.queue.transport().wanted);
+    }
+
+    #[test]
+    fn a_panic_is_eio_and_ends_the_export_at_once() {
+        let mut disk = numbered(8);
+        disk.panics_at = Some(PLACE as u64);
+        let mut rig = Rig::new(disk, false);
+        let sent: Vec<_> = (0..4).map(|n| read_place(&mut rig, n)).collect();
+        assert_eq!(rig.run(), Progress::Finished);
+        let answers = rig.answers();
+        let answered: Vec<_> = answers.iter().map(|a| (a.unique, a.error)).collect();
+        assert_eq!(answered, [(sent[0], 0), (sent[1], libc::EIO)]);
+        assert_eq!(rig.disk.log.lock().len(), 2, "no more is begun");
+        let events = rig.disk.events.lock();
+        let errno = libc::ENOTRECOVERABLE;
+        assert!(matches!(&events[..], [Event::Halted { errno: e, .. }] if *e == errno));
+    }
+
+    #[test]
+    fn a_connection_that_ends_is_told_once_and_what_is_in_flight_goes_on() {
+        let mut rig = Rig::new(numbered(8), false);
+        rig.disk.hold();
+        read_place(&mut rig, 0);
+        rig.run();
+        rig.queue.transport().gone = true;
+        assert_eq!(rig.run(), Progress::Idle);
+        assert!(!rig.queue.transport().wanted, "it would not sleep");
+        rig.control.disconnected();
+        rig.disk.release(0);
+        assert_eq!(rig.run(), Progress::Finished);
+        assert_eq!(*rig.disk.events.lock(), [Event::Unmounted]);
+    }
+
+    #[test]
+    fn another_thread_may_complete_what_the_driver_began() {
+        let mut rig = Rig::new(numbered(8), false);
+        rig.disk.hold();
+        let rounds = if cfg!(miri) { 5 } else { 500 };
+        for round in 0..rounds {
+            let place = round % 8;
+            let unique = read_place(&mut rig, place);
+            rig.run();
+            let disk = rig.disk.clone();
+            let completer = thread::spawn(move || disk.release(0));
+            let answer = loop {
+                // As the queue's thread does, with a transport that never
+                // sleeps: a wake-up that was lost would never come.
+                rig.run();
+                if let Some(answer) = rig.answers().pop() {
+                    break answer;
+                }
+                rig.queue.wait();
+                thread::yield_now();
+            };
+            completer.join().unwrap();
+            assert_eq!(answer.unique, unique);
+            assert_eq!(answer.data, [place as u8; PLACE]);
+        }
+    }
+
+    #[test]
+    fn what_wants_no_answer_gets_none_and_frees_its_slot() {
+        let mut rig = Rig::new(numbered(8), false);
+        for _ in 0..3 * SLOTS {
+            rig.send(opcode::FORGET, &[0; 8], &[]);
+            rig.send(opcode::INTERRUPT, &[0; 8], &[]);
+        }
+        rig.run();
+        assert!(rig.answers().is_empty());
+        assert_eq!(rig.read(0, 1).data, [0]);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: if cfg!(miri) { 8 } else { 256 },
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
+        /// Whatever the order of arrivals, completions and drains.
+        #[test]
+        fn every_request_is_answered_once_and_with_its_own_data(
+            steps in prop::collection::vec((0u8..4, 0usize..64), 1..60),
+        ) {
+            let mut rig = Rig::new(numbered(64), false);
+            rig.disk.hold();
+            let mut expected = std::collections::BTreeMap::new();
+            let mut drained = false;
+            let mut answered = 0;
+            for (step, n) in steps {
+                match step {
+                    0 => {
+                        expected.insert(read_place(&mut rig, n), n);
+                    }
+                    1 => {
+                        rig.run();
+                    }
+                    2 => {
+                        let waiting = rig.disk.waiting().len();
+                        if waiting > 0 {
+                            rig.disk.release(n % waiting);
+                        }
+                    }
+                    _ => {
+                        if drained {
+                            rig.control.requests.open();
+                            rig.control.kick();
+                        } else {
+                            rig.control.requests.close();
+                        }
+                        drained = !drained;
+                    }
+                }
+            }
+            if drained {
+                rig.control.requests.open();
+            }
+            rig.control.kick();
+            loop {
+                rig.run();
+                for answer in rig.answers() {
+                    let place = expected.remove(&answer.unique);
+                    prop_assert!(place.is_some(), "answered twice");
+                    prop_assert_eq!(answer.data, vec![place.unwrap() as u8; PLACE]);
+                    answered += 1;
+                }
+                if rig.disk.waiting().is_empty() {
+                    break;
+                }
+                rig.disk.release(0);
+            }
+            prop_assert!(expected.is_empty(), "after {} answers: {:?}", answered, expected);
+            prop_assert!(rig.control.requests.is_empty());
         }
     }
 }

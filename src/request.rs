@@ -271,6 +271,12 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: if cfg!(miri) { 8 } else { 256 },
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
         #[test]
         fn whatever_is_decoded_keeps_within_the_slot(
             op in 0u32..64, len: u32, nodeid in 0u64..3, bytes: [u8; OPERATION_SIZE], payload in 0usize..8192,

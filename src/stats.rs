@@ -73,13 +73,21 @@ struct OpCounters {
 pub(crate) struct QueueStats {
     by_kind: [OpCounters; OP_KINDS],
     latency: [AtomicU64; LATENCY_BUCKETS],
+    begun: AtomicU64,
+    answered: AtomicU64,
 }
 
 impl QueueStats {
+    /// Counts one request that was begun; called by the queue's own thread.
+    pub(crate) fn begun(&self) {
+        add(&self.begun, 1);
+    }
+
     /// Counts one answer; called by the queue's own thread only.
     pub(crate) fn record(&self, kind: OpKind, outcome: Result<u64, i32>, took: Duration) {
         let counters = &self.by_kind[kind as usize];
         add(&counters.operations, 1);
+        add(&self.answered, 1);
         match outcome {
             Ok(bytes) => add(&counters.bytes, bytes),
             Err(_) => add(&counters.errors, 1),
@@ -117,12 +125,12 @@ impl AllStats {
     }
 
     /// The sum over all queues.
-    pub(crate) fn sum(&self, in_flight: usize) -> Stats {
-        let mut sum = Stats {
-            in_flight: in_flight as u64,
-            ..Stats::default()
-        };
+    pub(crate) fn sum(&self) -> Stats {
+        let mut sum = Stats::default();
         for queue in &self.0 {
+            // In this order what is answered in between counts as neither.
+            let answered = queue.answered.load(Relaxed);
+            sum.in_flight += queue.begun.load(Relaxed).saturating_sub(answered);
             for (to, from) in sum.by_kind.iter_mut().zip(&queue.by_kind) {
                 to.operations += from.operations.load(Relaxed);
                 to.bytes += from.bytes.load(Relaxed);
@@ -143,13 +151,15 @@ mod tests {
     #[test]
     fn queues_add_up_and_errors_move_no_bytes() {
         let all = AllStats::new(2);
+        (0..2).for_each(|_| all.queue(0).begun());
+        (0..4).for_each(|_| all.queue(1).begun());
         all.queue(0)
             .record(OpKind::Read, Ok(4096), Duration::from_nanos(1500));
         all.queue(1)
             .record(OpKind::Read, Err(5), Duration::from_secs(3600));
         all.queue(1)
             .record(OpKind::Flush, Ok(0), Duration::from_secs(1));
-        let sum = all.sum(3);
+        let sum = all.sum();
         assert_eq!(sum.in_flight, 3);
         let reads = OpStats {
             operations: 2,

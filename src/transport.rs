@@ -71,6 +71,9 @@ pub(crate) mod memory {
         incoming: VecDeque<(InHeader, Vec<u8>, Vec<u8>)>,
         pub(crate) answers: Vec<Answer>,
         pub(crate) gone: bool,
+        /// Whether the queue listens.
+        pub(crate) wanted: bool,
+        #[expect(clippy::vec_box, reason = "slots travel as boxes")]
         free: Vec<Box<Slot>>,
         slots: usize,
         next_unique: u64,
@@ -82,6 +85,7 @@ pub(crate) mod memory {
                 incoming: VecDeque::new(),
                 answers: Vec::new(),
                 gone: false,
+                wanted: true,
                 free: (0..slots)
                     .map(|i| Box::new(Slot::new(i, capacity).unwrap()))
                     .collect(),
@@ -150,7 +154,8 @@ pub(crate) mod memory {
             Ok(())
         }
 
-        fn want_requests(&mut self, _wanted: bool) -> Result<(), Error> {
+        fn want_requests(&mut self, wanted: bool) -> Result<(), Error> {
+            self.wanted = wanted;
             Ok(())
         }
 

@@ -70,14 +70,19 @@ fn mount_for(options: &MountOptions<'_>, allow_other: bool, path: &Path) -> Resu
     }
 }
 
-/// Unmounts lazily what is topmost at `path`, if it is the user's.
-pub(super) fn unmount(path: &Path) -> Result<()> {
+/// Unmounts what is topmost at `path`, if it is the user's; unless `lazy`,
+/// only if nobody uses it.
+pub(super) fn unmount(path: &Path, lazy: bool) -> Result<()> {
     let failed = |reason: String| {
         let message = format!("{}: cannot unmount: {reason}", quoted(path));
         Error::new(libc::EPERM, message)
     };
     let child = spawn(|command| {
-        command.args(["-u", "-z", "--"]).arg(path);
+        command.arg("-u");
+        if lazy {
+            command.arg("-z");
+        }
+        command.arg("--").arg(path);
         command.stdin(Stdio::null());
         Ok(())
     })

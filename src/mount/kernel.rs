@@ -175,6 +175,34 @@ fn diagnostics(context: &OwnedFd) -> String {
     text
 }
 
+/// A mount of the control file system of FUSE that is nowhere.
+pub(super) fn detached_control_file_system() -> nix::Result<OwnedFd> {
+    let context = fsopen(c"fusectl")?;
+    fsconfig(&context, libc::FSCONFIG_CMD_CREATE, None, None)?;
+    fsmount(
+        &context,
+        libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC,
+    )
+}
+
+/// Gives the calling thread a table of descriptors of its own, with nothing in
+/// it but standard input, output and error. The thread must own none.
+pub(super) fn unshare_descriptors() -> nix::Result<()> {
+    let (first, last) = (3, libc::c_uint::MAX);
+    // SAFETY: the call touches no memory. It closes descriptors only in this
+    // thread's new table; their owners live in the other threads and keep
+    // theirs, and this thread owns none by this function's contract.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            first,
+            last,
+            libc::CLOSE_RANGE_UNSHARE,
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
 fn fsopen(fs_type: &CStr) -> nix::Result<OwnedFd> {
     // SAFETY: the kernel only reads the terminated string.
     let fd = unsafe { libc::syscall(libc::SYS_fsopen, fs_type.as_ptr(), libc::FSOPEN_CLOEXEC) };

@@ -76,8 +76,12 @@ pub(super) fn find_fuse_mount(device: BorrowedFd<'_>, path: &Path) -> Option<Mou
 
 /// The device number of a connection's file system, as mount tables show it.
 fn connection_device(device: BorrowedFd<'_>) -> Option<String> {
-    let number: u32 = fdinfo(device, "fuse_connection:")?;
-    Some(format!("0:{number}"))
+    Some(format!("0:{}", connection_number(device)?))
+}
+
+/// The number of the connection that a /dev/fuse descriptor belongs to.
+pub(super) fn connection_number(device: BorrowedFd<'_>) -> Option<u32> {
+    fdinfo(device, "fuse_connection:")
 }
 
 /// A number that the kernel tells about an open file.

@@ -477,6 +477,22 @@ impl Mounted {
         Self::with(Memory::patterned(len), queues, |b| b.writable(false))
     }
 
+    /// An export of a driver that wraps `driver`; `start` is given the path.
+    pub fn started(driver: Handle, start: impl FnOnce(&Path) -> Export) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().canonicalize().unwrap().join("disk");
+        File::create(&path).unwrap();
+        let watchdog = Watchdog::new(&path);
+        let export = start(&path);
+        Self {
+            export: Some(export),
+            driver,
+            path,
+            _watchdog: watchdog,
+            _dir: dir,
+        }
+    }
+
     pub fn export(&self) -> &Export {
         self.export.as_ref().expect("not deleted yet")
     }

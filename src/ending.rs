@@ -1,0 +1,92 @@
+//! How an export's mount ends: unmounted in a thread of its own, once, with
+//! what clients hold in mapped memory written back before if there is time.
+
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::error::{Error, Result};
+
+/// How far the unmounting has come.
+#[derive(Debug, Default)]
+enum Unmounting {
+    #[default]
+    NotBegun,
+    Running,
+    Done(Result<()>),
+}
+
+/// The unmounting of one export.
+#[derive(Debug, Default)]
+pub(crate) struct Ending {
+    state: Mutex<Unmounting>,
+    changed: Condvar,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// How a caller waits for the end of the unmounting.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Wait {
+    /// Not at all: it is needed to serve what the unmounting waits for.
+    No,
+    Until(Option<Instant>),
+}
+
+impl Ending {
+    /// Has `unmount` run in a thread, unless that has succeeded before or is
+    /// under way, and waits for it. The thread is needed because the unmounting
+    /// may wait for requests that only the caller can complete. Its result, or
+    /// `Ok` if that is not known in time.
+    pub(crate) fn run(
+        self: &Arc<Self>,
+        unmount: impl FnOnce() -> Result<()> + Send + 'static,
+        wait: Wait,
+    ) -> Result<()> {
+        let mut state = self.state.lock();
+        if matches!(*state, Unmounting::NotBegun | Unmounting::Done(Err(_))) {
+            let ending = self.clone();
+            let spawned = thread::Builder::new()
+                .name("blkfuse-unmount".to_owned())
+                .spawn(move || {
+                    let result = unmount();
+                    *ending.state.lock() = Unmounting::Done(result);
+                    ending.changed.notify_all();
+                })
+                .map_err(|e| Error::from_io("cannot start a thread to unmount in", &e))?;
+            self.threads.lock().push(spawned);
+            *state = Unmounting::Running;
+        }
+        while matches!(*state, Unmounting::Running) {
+            match wait {
+                Wait::No => return Ok(()),
+                Wait::Until(None) => self.changed.wait(&mut state),
+                Wait::Until(Some(at)) => {
+                    if self.changed.wait_until(&mut state, at).timed_out() {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        match &*state {
+            Unmounting::Done(result) => result.clone(),
+            Unmounting::NotBegun | Unmounting::Running => Ok(()),
+        }
+    }
+
+    /// Nothing was mounted, so there is nothing to undo.
+    pub(crate) fn skip(&self) {
+        *self.state.lock() = Unmounting::Done(Ok(()));
+    }
+
+    /// One more thread to be joined.
+    pub(crate) fn add_thread(&self, thread: Option<JoinHandle<()>>) {
+        self.threads.lock().extend(thread);
+    }
+
+    /// The threads that have unmounted, to be joined.
+    pub(crate) fn take_threads(&self) -> Vec<JoinHandle<()>> {
+        std::mem::take(&mut self.threads.lock())
+    }
+}
