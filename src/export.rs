@@ -686,8 +686,9 @@ impl Export {
     /// The driver's length has changed without a client's doing: asks
     /// [`BlockDriver::length`] and tells the kernel. When this returns,
     /// clients that ask see the new length; asynchronous reads and appends
-    /// through descriptors that are open go by it, too, if the file became
-    /// longer by a page (4096 bytes) or more, and else from the next stat on.
+    /// through open descriptors go by it, too, unless this is called within a
+    /// drain or a callback and the length grew within a page (of 4096 bytes):
+    /// then from the next stat on.
     pub fn resized(&self) -> Result<()> {
         let Shared {
             control,
@@ -707,9 +708,10 @@ impl Export {
             length = again;
         }
         let device = device.lock().clone();
-        let told = device.and_then(|d| legacy::notify_resized(d.as_fd(), file.told(), length));
-        if let Some(told) = told {
-            file.tell(told);
+        // Neither within a callback nor in a drain may this wait for requests.
+        let served = !control.is_dispatching() && !control.requests.is_closed();
+        if device.is_some_and(|d| legacy::notify_resized(d.as_fd(), file.told(), length, served)) {
+            file.tell_reached(length);
         }
         Ok(())
     }

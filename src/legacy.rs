@@ -23,13 +23,15 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::error::{Error, Result};
 use crate::protocol::{
-    Agreement, InHeader, OPERATION_SIZE, Offer, OutHeader, negotiate, notify, opcode,
-    operation_size,
+    Agreement, InHeader, NotifyInvalInodeOut, NotifyStoreOut, OPERATION_SIZE, Offer, OutHeader,
+    ROOT_ID, negotiate, notify, opcode, operation_size,
 };
 use crate::slot::{Reply, Slot};
 use crate::transport::{Fetched, Transport};
 use crate::wakeups::Wakeups;
 
+/// The unit of the kernel's page cache.
+const PAGE: u64 = 4096;
 /// How many requests a queue can have in flight. Slots are made as they are
 /// needed: a driver that answers at once uses one.
 pub(crate) const SLOTS: usize = 64;
@@ -169,53 +171,63 @@ fn notify(device: BorrowedFd<'_>, code: i32, body: &[u8]) -> nix::Result<()> {
 
 /// Tells the kernel, which believes in the length `told`, that the file is
 /// `length` bytes long by the host's doing: its attributes are asked for anew,
-/// and if it became longer by a page or more the kernel's idea of the end moves
-/// at once, which asynchronous reads and appends go by. Returns the length that
-/// the kernel believes in now, if that is known. Waits for nobody.
-pub(crate) fn notify_resized(device: BorrowedFd<'_>, told: u64, length: u64) -> Option<u64> {
-    use crate::protocol::{NotifyInvalInodeOut, ROOT_ID};
-    // A negative offset: the attributes alone, no page of the cache.
-    let invalidate = NotifyInvalInodeOut {
-        ino: ROOT_ID,
-        off: -1,
-        len: 0,
+/// and its idea of the end moves up at once, which asynchronous reads and
+/// appends go by. `served`: requests are being served, by other threads, so
+/// that this may wait for some. Returns whether the kernel believes in `length`
+/// now.
+pub(crate) fn notify_resized(device: BorrowedFd<'_>, told: u64, length: u64, served: bool) -> bool {
+    let moves = length > told && (served || is_in_unknown_page(told, length));
+    let moved = if moves {
+        move_end(device, told, length)
+    } else {
+        Ok(())
     };
-    let end = storable_end(told, length);
-    let stored = end.map_or(Ok(()), |end| store_zero(device, end - 1));
-    let told_now = stored.and_then(|()| {
-        notify(device, notify::INVAL_INODE, invalidate.as_bytes())?;
-        Ok(end)
-    });
-    match told_now {
-        Ok(end) => end,
+    // A negative offset: the attributes alone, no page of the cache.
+    match moved.and_then(|()| invalidate(device, -1, 0)) {
+        Ok(()) => moves,
         // Nobody has looked at the file yet, so there is nothing to tell.
-        Err(Errno::ENOENT) => None,
+        Err(Errno::ENOENT) => false,
         Err(errno) => {
             log::debug!("the kernel was not told of the new length: {errno}");
-            None
+            false
         }
     }
 }
 
-/// Up to where a byte can be stored in the kernel's page cache, to move its
-/// idea of the end, without anybody ever seeing the byte. That is so in a page
-/// of which the kernel has nothing, because it lies past what it believes in;
-/// and the page's first byte must not be it: a page that is stored from there
-/// to the end of the file counts as read.
-fn storable_end(told: u64, length: u64) -> Option<u64> {
-    const PAGE: u64 = 4096;
-    let end = if length % PAGE == 1 {
-        length - 1
-    } else {
-        length
+/// Whether the last byte lies in a page of which the kernel can have nothing,
+/// because it begins past what the kernel believes in.
+fn is_in_unknown_page(told: u64, length: u64) -> bool {
+    (length - 1) / PAGE >= told.div_ceil(PAGE)
+}
+
+/// Stores a byte at the new end in the page cache, for only that moves the
+/// kernel's idea of the end; in such a way that nobody sees the byte.
+fn move_end(device: BorrowedFd<'_>, told: u64, length: u64) -> nix::Result<()> {
+    let last = length - 1;
+    let is_known = !is_in_unknown_page(told, length);
+    if is_known {
+        // Writes back what a client may have changed in it, and waits for that.
+        invalidate(device, last as i64, 1)?;
+    }
+    store_zero(device, last)?;
+    // A page stored from its start to the end of the file counts as all there.
+    if is_known || last.is_multiple_of(PAGE) {
+        invalidate(device, last as i64, 1)?;
+    }
+    Ok(())
+}
+
+fn invalidate(device: BorrowedFd<'_>, offset: i64, bytes: i64) -> nix::Result<()> {
+    let range = NotifyInvalInodeOut {
+        ino: ROOT_ID,
+        off: offset,
+        len: bytes,
     };
-    let first_unknown_page = told.div_ceil(PAGE);
-    (end > told && (end - 1) / PAGE >= first_unknown_page).then_some(end)
+    notify(device, notify::INVAL_INODE, range.as_bytes())
 }
 
 /// Stores a byte at `offset`: with none to store the end would not move.
 fn store_zero(device: BorrowedFd<'_>, offset: u64) -> nix::Result<()> {
-    use crate::protocol::{NotifyStoreOut, ROOT_ID};
     let store = NotifyStoreOut {
         nodeid: ROOT_ID,
         offset,
@@ -440,19 +452,16 @@ impl Transport for Legacy {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::{ROOT_ID, SetattrIn, WriteIn};
+    use crate::protocol::{SetattrIn, WriteIn};
 
     #[test]
-    fn only_a_page_that_the_kernel_has_nothing_of_is_stored_to() {
-        assert_eq!(storable_end(4096, 8192), Some(8192));
-        assert_eq!(storable_end(0, 100), Some(100));
-        assert_eq!(storable_end(0, 1), None);
-        assert_eq!(storable_end(4096, 4097), None);
-        assert_eq!(storable_end(4096, 8193), Some(8192));
-        assert_eq!(storable_end(100, 4096), None);
-        assert_eq!(storable_end(100, 5000), Some(5000));
-        assert_eq!(storable_end(8192, 4096), None);
-        assert_eq!(storable_end(8192, 8192), None);
+    fn a_page_is_unknown_if_it_begins_past_the_end() {
+        for (told, length) in [(4096, 8192), (0, 1), (0, 100), (4096, 4097), (100, 5000)] {
+            assert!(is_in_unknown_page(told, length), "{told} {length}");
+        }
+        for (told, length) in [(100, 4096), (100, 101), (8192, 4096), (8192, 8192)] {
+            assert!(!is_in_unknown_page(told, length), "{told} {length}");
+        }
     }
 
     /// A slot into which `message` was read as from /dev/fuse.

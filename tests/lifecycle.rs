@@ -158,7 +158,10 @@ fn stop_takes_an_open_file_away() {
             let mut data = [0; BLOCK];
             eventually("reads fail", || file.read_at(&mut data, 0).is_err());
             assert!(file.write_at(&data, 0).is_err());
-            assert_eq!(m.driver.count.load(SeqCst), 0);
+            // Nobody's request reaches the driver, but what may have been
+            // mapped and changed was to become durable.
+            let calls = m.driver.calls.lock().unwrap().clone();
+            assert!(calls.iter().all(|c| c.0 == Call::Flush), "{calls:?}");
             let driver = m.driver.clone();
             m.delete();
             // Gone: the test's handles are the only ones.
@@ -787,7 +790,7 @@ fn who_appends_appends_after_what_the_host_added() {
         native_aio(&direct, true, &mut b"three".to_owned(), 0).unwrap();
         let mut expected = pattern(0, 6 * BLOCK);
         expected.extend_from_slice(b"three");
-        assert_eq!(m.driver.bytes(), expected);
+        assert!(m.driver.bytes() == expected);
     });
 }
 
@@ -882,7 +885,7 @@ fn growth_by_the_host_and_by_clients_at_once_never_shrinks() {
 }
 
 #[test]
-fn the_hosts_word_waits_for_a_clients_growth() {
+fn the_hosts_word_amid_a_clients_growth_undoes_nothing() {
     for_queues(|queues| {
         let m = Mounted::growable(BLOCK, queues);
         let file = m.open(true);
@@ -891,13 +894,8 @@ fn the_hosts_word_waits_for_a_clients_growth() {
             let writer = scope.spawn(|| file.write_all_at(b"grown", 2 * BLOCK as u64));
             // The truncation that makes room for it is under way.
             m.driver.wait_for_held(1);
-            let (done, told) = mpsc::channel();
-            let export = m.export();
-            scope.spawn(move || done.send(export.resized()).unwrap());
-            let early = told.recv_timeout(A_WHILE);
+            m.export().resized().unwrap();
             m.driver.release();
-            assert!(early.is_err(), "resized() did not wait");
-            told.recv_timeout(SOON).unwrap().unwrap();
             writer.join().unwrap().unwrap();
         });
         let length = fs::metadata(&m.path).unwrap().len();
