@@ -72,12 +72,14 @@
 
 /**
  * The export has given up: requests in flight are still answered, others
- * fail. `error` and `message` say why. The host should delete it.
+ * fail. `error` and `message` say why. The host should delete it, though not
+ * from within the callback.
  */
 #define BLKFUSE_EVENT_HALTED 2
 
 /**
- * Somebody else unmounted the file. The host should delete the export.
+ * Somebody else unmounted the file. The host should delete the export, though
+ * not from within the callback.
  */
 #define BLKFUSE_EVENT_UNMOUNTED 3
 
@@ -210,8 +212,9 @@ struct blkfuse_driver_ops {
      */
     void (*limits)(void *opaque, struct blkfuse_limits *limits);
     /**
-     * Reads `bytes` at `offset`, which lie within the length, into `buffer`,
-     * whose content is undefined before. Required.
+     * Reads `bytes` at `offset`, which lie within the length, into `buffer`.
+     * Success means that all of it was set: what a callback leaves as it was
+     * may be another request's. Required.
      */
     int (*read)(void *opaque,
                 struct blkfuse_request *request,
@@ -404,7 +407,7 @@ int blkfuse_export_create(struct blkfuse_export **out,
  * | key         | type | default   | meaning                                   |
  * |-------------|------|-----------|-------------------------------------------|
  * | mountpoint  | str  |           | the existing regular file to appear at    |
- * | fuse-fd     | u64  |           | instead of mounting: the descriptor of a mounted /dev/fuse whose INIT nobody has read; a successful start takes it over |
+ * | fuse-fd     | u64  |           | instead of mounting: the descriptor of a mounted /dev/fuse whose INIT nobody has read; mount it with default_permissions, which makes the kernel check the file's mode, and max_read=1048576; a successful start takes it over |
  * | source      | str  | blkfuse   | what is shown as the mounted device       |
  * | writable    | bool | off       | allow writing                             |
  * | growable    | bool | off       | let writes past the end grow the file     |
@@ -552,7 +555,11 @@ int blkfuse_export_drain(struct blkfuse_export *export_, int64_t timeout_ms);
 
 /**
  * The device's length has changed without a client's doing. Calls ops->length
- * and tells the kernel: when this returns, clients see the new length.
+ * and tells the kernel: when this returns, clients that ask see the new length;
+ * asynchronous reads and appends through open descriptors go by it, too, unless
+ * this is called within a drain or a callback and the length grew within a page
+ * (of 4096 bytes): then from the next stat on. Does not wait for clients'
+ * truncations that are under way; whichever comes last counts.
  *
  * # Safety
  * `export` must be a live export or NULL.
@@ -562,12 +569,15 @@ int blkfuse_export_resized(struct blkfuse_export *export_);
 /**
  * Asks for the end: the file vanishes, also while it is open; requests in
  * flight are answered when the driver completes them; whoever still has the
- * file open gets errors. Returns when the file has been unmounted, or after
- * two seconds if that takes longer, or at once within a callback. `flags`: 0
- * or BLKFUSE_STOP_*.
+ * file open gets errors. What clients have written into mapped memory is
+ * written back first, except with BLKFUSE_STOP_FORCE and in a drain. Returns
+ * when the file has been unmounted, or after two seconds if that takes longer,
+ * or at once within a callback. `flags`: 0 or BLKFUSE_STOP_*.
  *
- * Returns 0; -EBUSY: BLKFUSE_STOP_IF_IDLE and the file is open; -EINVAL:
- * unknown flags, or not started.
+ * Returns 0; -EBUSY: BLKFUSE_STOP_IF_IDLE and the file is in use, and nothing
+ * has happened; -EINVAL: unknown flags, or not started; another error: the
+ * mount could not be removed, the export ends all the same, and a further call
+ * tries again.
  *
  * # Safety
  * `export` must be a live export or NULL.

@@ -210,7 +210,7 @@ pub unsafe extern "C" fn blkfuse_export_create(
 /// | key         | type | default   | meaning                                   |
 /// |-------------|------|-----------|-------------------------------------------|
 /// | mountpoint  | str  |           | the existing regular file to appear at    |
-/// | fuse-fd     | u64  |           | instead of mounting: the descriptor of a mounted /dev/fuse whose INIT nobody has read; a successful start takes it over |
+/// | fuse-fd     | u64  |           | instead of mounting: the descriptor of a mounted /dev/fuse whose INIT nobody has read; mount it with default_permissions, which makes the kernel check the file's mode, and max_read=1048576; a successful start takes it over |
 /// | source      | str  | blkfuse   | what is shown as the mounted device       |
 /// | writable    | bool | off       | allow writing                             |
 /// | growable    | bool | off       | let writes past the end grow the file     |
@@ -463,7 +463,11 @@ pub unsafe extern "C" fn blkfuse_export_drain(
 }
 
 /// The device's length has changed without a client's doing. Calls ops->length
-/// and tells the kernel: when this returns, clients see the new length.
+/// and tells the kernel: when this returns, clients that ask see the new length;
+/// asynchronous reads and appends through open descriptors go by it, too, unless
+/// this is called within a drain or a callback and the length grew within a page
+/// (of 4096 bytes): then from the next stat on. Does not wait for clients'
+/// truncations that are under way; whichever comes last counts.
 ///
 /// # Safety
 /// `export` must be a live export or NULL.
@@ -478,12 +482,15 @@ pub unsafe extern "C" fn blkfuse_export_resized(export: *mut blkfuse_export) -> 
 
 /// Asks for the end: the file vanishes, also while it is open; requests in
 /// flight are answered when the driver completes them; whoever still has the
-/// file open gets errors. Returns when the file has been unmounted, or after
-/// two seconds if that takes longer, or at once within a callback. `flags`: 0
-/// or BLKFUSE_STOP_*.
+/// file open gets errors. What clients have written into mapped memory is
+/// written back first, except with BLKFUSE_STOP_FORCE and in a drain. Returns
+/// when the file has been unmounted, or after two seconds if that takes longer,
+/// or at once within a callback. `flags`: 0 or BLKFUSE_STOP_*.
 ///
-/// Returns 0; -EBUSY: BLKFUSE_STOP_IF_IDLE and the file is open; -EINVAL:
-/// unknown flags, or not started.
+/// Returns 0; -EBUSY: BLKFUSE_STOP_IF_IDLE and the file is in use, and nothing
+/// has happened; -EINVAL: unknown flags, or not started; another error: the
+/// mount could not be removed, the export ends all the same, and a further call
+/// tries again.
 ///
 /// # Safety
 /// `export` must be a live export or NULL.

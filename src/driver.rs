@@ -291,13 +291,15 @@ pub enum Event {
     /// The file can be used.
     Started,
     /// The export has given up: requests in flight are still answered, every
-    /// other one fails. The owner should delete it.
+    /// other one fails. The owner should delete it, though not from within
+    /// this method.
     Halted {
         /// The reason as a positive errno.
         errno: i32,
         /// The reason in words.
         message: String,
     },
-    /// Somebody else unmounted the file. The owner should delete the export.
+    /// Somebody else unmounted the file. The owner should delete the export,
+    /// though not from within this method.
     Unmounted,
 }

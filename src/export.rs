@@ -93,8 +93,10 @@ impl<D: BlockDriver> Builder<D> {
     }
 
     /// Serves a connection that somebody else has mounted: a /dev/fuse
-    /// descriptor whose INIT nobody has read. The mount then is theirs to
-    /// undo; the export's end leaves it dead.
+    /// descriptor whose INIT nobody has read. It is to be mounted with
+    /// `default_permissions`, which makes the kernel check the file's mode, and
+    /// `max_read=1048576`. The mount is its maker's to undo; the export's end
+    /// leaves it dead.
     pub fn fuse_fd(mut self, device: OwnedFd) -> Self {
         self.config.fuse_fd = Some(device.as_raw_fd());
         self.device = Some(device);
@@ -748,6 +750,12 @@ impl Export {
     /// Whether the caller is inside a callback of this export.
     pub(crate) fn is_dispatching(&self) -> bool {
         self.shared.control.is_dispatching()
+    }
+
+    /// Whether others than the owner may use the file, as far as its mode lets
+    /// them.
+    pub fn allows_others(&self) -> bool {
+        self.shared.file.policy.others
     }
 
     /// The minor version of the protocol spoken.

@@ -111,10 +111,12 @@ pub(crate) static PROPERTIES: &[Property] = &[
             Ok(())
         }),
         get: |view| {
-            let word = match view.config.allow_other {
-                AllowOther::Off => "off",
-                AllowOther::On => "on",
-                AllowOther::Auto => "auto",
+            let word = match (view.export, view.config.allow_other) {
+                // What came of it.
+                (Some(export), _) if export.allows_others() => "on",
+                (Some(_), _) | (None, AllowOther::Off) => "off",
+                (None, AllowOther::On) => "on",
+                (None, AllowOther::Auto) => "auto",
             };
             Some(Value::Str(word.into()))
         },

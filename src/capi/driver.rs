@@ -21,9 +21,11 @@ pub const BLKFUSE_EXTENT_HOLE: u32 = 1;
 /// The file can be used.
 pub const BLKFUSE_EVENT_STARTED: u32 = 1;
 /// The export has given up: requests in flight are still answered, others
-/// fail. `error` and `message` say why. The host should delete it.
+/// fail. `error` and `message` say why. The host should delete it, though not
+/// from within the callback.
 pub const BLKFUSE_EVENT_HALTED: u32 = 2;
-/// Somebody else unmounted the file. The host should delete the export.
+/// Somebody else unmounted the file. The host should delete the export, though
+/// not from within the callback.
 pub const BLKFUSE_EVENT_UNMOUNTED: u32 = 3;
 
 /// What a device prefers. Grows only at its end.
@@ -81,8 +83,9 @@ pub struct blkfuse_driver_ops {
     /// blkfuse_export_start().
     pub limits: Option<unsafe extern "C" fn(opaque: *mut c_void, limits: *mut blkfuse_limits)>,
 
-    /// Reads `bytes` at `offset`, which lie within the length, into `buffer`,
-    /// whose content is undefined before. Required.
+    /// Reads `bytes` at `offset`, which lie within the length, into `buffer`.
+    /// Success means that all of it was set: what a callback leaves as it was
+    /// may be another request's. Required.
     pub read: Option<
         unsafe extern "C" fn(
             opaque: *mut c_void,

@@ -55,7 +55,8 @@ struct Arguments {
     #[arg(short, long)]
     writable: bool,
 
-    /// Let writes behind the end, and truncation, change the image's length; needs --writable
+    /// Let writes past the end make the image longer; needs --writable. (Without it they fail, and
+    /// only an explicit truncate or fallocate changes the length)
     #[arg(long)]
     growable: bool,
 

@@ -190,10 +190,10 @@ fn explain(path: &Path, options: Options, error: &io::Error) -> Failure {
 }
 
 fn lock_image(path: &Path, file: &File, options: Options) -> Result<()> {
-    let access = match (options.writable, options.growable) {
-        (false, _) => Access::Read,
-        (true, false) => Access::Write,
-        (true, true) => Access::Resize,
+    let access = if options.writable {
+        Access::Write
+    } else {
+        Access::Read
     };
     match lock::lock(file, access) {
         Ok(()) => Ok(()),

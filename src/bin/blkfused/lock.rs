@@ -28,10 +28,9 @@ pub enum Access {
     /// Only read it. Others may write, as `qemu-nbd --read-only` has it, but
     /// nobody may change its length.
     Read,
-    /// Write it; nobody else may.
+    /// Write it, and change its length: clients may truncate any file that they
+    /// can write. Nobody else may do either.
     Write,
-    /// Write and resize it; nobody else may.
-    Resize,
 }
 
 impl Access {
@@ -39,8 +38,7 @@ impl Access {
     fn held(self) -> &'static [u8] {
         match self {
             Self::Read => &[CONSISTENT_READ],
-            Self::Write => &[CONSISTENT_READ, WRITE],
-            Self::Resize => &[CONSISTENT_READ, WRITE, RESIZE],
+            Self::Write => &[CONSISTENT_READ, WRITE, RESIZE],
         }
     }
 
@@ -48,7 +46,7 @@ impl Access {
     fn unshared(self) -> &'static [u8] {
         match self {
             Self::Read => &[RESIZE],
-            Self::Write | Self::Resize => &[WRITE, RESIZE],
+            Self::Write => &[WRITE, RESIZE],
         }
     }
 }
@@ -149,6 +147,7 @@ mod tests {
         let (one, two, three) = (open(image.path()), open(image.path()), open(image.path()));
         assert_eq!(lock(&one, Access::Read), Ok(()));
         assert_eq!(lock(&two, Access::Read), Ok(()));
+        drop((one, two));
         assert_eq!(lock(&three, Access::Write), Ok(()));
         let fourth = open(image.path());
         assert_eq!(
@@ -166,14 +165,14 @@ mod tests {
         let reader = open(image.path());
         assert_eq!(lock(&reader, Access::Read), Ok(()));
         assert_eq!(
-            lock(&open(image.path()), Access::Resize),
+            lock(&open(image.path()), Access::Write),
             Err(Refusal::Conflict(
                 "another process has it open and lets nobody else resize it"
             ))
         );
         drop(reader);
         let owner = open(image.path());
-        assert_eq!(lock(&owner, Access::Resize), Ok(()));
+        assert_eq!(lock(&owner, Access::Write), Ok(()));
         assert_eq!(
             lock(&open(image.path()), Access::Read),
             Err(Refusal::Conflict("another process may resize it"))
@@ -198,11 +197,7 @@ mod tests {
         let read = ["-r", "-f", "raw", "-c", "read 0 4k", path];
         let resize = ["resize", "-q", "-f", "raw", path, "2M"];
 
-        for (access, may_write) in [
-            (Access::Read, true),
-            (Access::Write, false),
-            (Access::Resize, false),
-        ] {
+        for (access, may_write) in [(Access::Read, true), (Access::Write, false)] {
             let ours = open(image.path());
             assert_eq!(lock(&ours, access), Ok(()));
             let Some(wrote) = allowed("qemu-io", &write) else {
