@@ -551,9 +551,7 @@ impl Shared {
     /// Whether clients may have changed mapped memory that nobody has written
     /// back: closing the file does that, but the export ends before.
     fn is_to_be_written_back(&self) -> bool {
-        self.control.phase() == Phase::Stopping
-            && self.file.policy.writable
-            && self.file.open_count() > 0
+        self.control.phase() == Phase::Stopping && self.file.writer_count() > 0
     }
 }
 

@@ -41,6 +41,7 @@ pub(crate) struct File {
     /// closes it.
     pub(crate) uses: Gate,
     open_count: AtomicU64,
+    writer_count: AtomicU64,
     /// The length that the kernel believes in: the last one it was told.
     told: AtomicU64,
     /// A write past `told` has failed since.
@@ -110,6 +111,7 @@ impl File {
             resizing: async_lock::Mutex::new(()),
             uses: Gate::new(queues),
             open_count: AtomicU64::new(0),
+            writer_count: AtomicU64::new(0),
             // Until it has asked, the kernel takes the file for empty.
             told: AtomicU64::new(0),
             failed_past_told: AtomicBool::new(false),
@@ -160,15 +162,20 @@ impl File {
         self.changed[queue].store(now(), Relaxed);
     }
 
-    pub(crate) fn opened(&self) {
+    pub(crate) fn opened(&self, writer: bool) {
         self.open_count.fetch_add(1, Relaxed);
+        self.writer_count.fetch_add(writer.into(), Relaxed);
     }
 
-    pub(crate) fn released(&self) {
+    pub(crate) fn released(&self, writer: bool) {
         // A connection that was handed to us may have been open already.
+        let less = |n: u64, by: bool| Some(n.saturating_sub(by.into()));
         let _ = self
             .open_count
-            .fetch_update(Relaxed, Relaxed, |n| n.checked_sub(1));
+            .fetch_update(Relaxed, Relaxed, |n| less(n, true));
+        let _ = self
+            .writer_count
+            .fetch_update(Relaxed, Relaxed, |n| less(n, writer));
     }
 
     /// The kernel has been told this length.
@@ -208,6 +215,11 @@ impl File {
     /// How often the file is open.
     pub(crate) fn open_count(&self) -> u64 {
         self.open_count.load(Relaxed)
+    }
+
+    /// How often it is open for writing.
+    pub(crate) fn writer_count(&self) -> u64 {
+        self.writer_count.load(Relaxed)
     }
 
     /// Changes attributes, or says with a positive errno why not.

@@ -147,8 +147,8 @@ impl<D: BlockDriver> Request<'_, D> {
             Operation::Getattr => self.attributes(slot),
             Operation::Setattr(setattr) => self.setattr(slot, &setattr).await,
             Operation::Open { flags } => self.open(slot, flags).await,
-            Operation::Release => {
-                self.file().released();
+            Operation::Release { fh } => {
+                self.file().released(fh == FH_WRITER);
                 Ok(0)
             }
             // A descriptor that could not write has nothing to make durable.
@@ -392,7 +392,7 @@ impl<D: BlockDriver> Request<'_, D> {
             self.truncate(0, false).await?;
             self.file().tell(0);
         }
-        self.file().opened();
+        self.file().opened(writes);
         let flags = open_flag::DIRECT_IO | open_flag::PARALLEL_DIRECT_WRITES;
         // A reader's close needs no answer, which could not come if it is
         // this very process that exits with the file open.

@@ -150,6 +150,7 @@ abi! {
         fh: u64, offset: u64, size: u32, write_flags: u32, lock_owner: u64, flags: u32, padding: u32,
     }
     WriteOut { size: u32, padding: u32 }
+    ReleaseIn { fh: u64, flags: u32, release_flags: u32, lock_owner: u64 }
     FlushIn { fh: u64, unused: u32, padding: u32, lock_owner: u64 }
     FsyncIn { fh: u64, fsync_flags: u32, padding: u32 }
     FallocateIn { fh: u64, offset: u64, length: u64, mode: u32, padding: u32 }
@@ -359,6 +360,7 @@ mod tests {
         assert_eq!(size_of::<ReadIn>(), 40);
         assert_eq!(size_of::<WriteIn>(), 40);
         assert_eq!(size_of::<WriteOut>(), 8);
+        assert_eq!(size_of::<ReleaseIn>(), 24);
         assert_eq!(size_of::<FlushIn>(), 24);
         assert_eq!(size_of::<FsyncIn>(), 16);
         assert_eq!(size_of::<FallocateIn>(), 32);

@@ -7,7 +7,7 @@ use zerocopy::FromBytes;
 
 use crate::protocol::{
     FallocateIn, FlushIn, FsyncIn, InHeader, LseekIn, MAX_LENGTH, OPERATION_SIZE, OpenIn, ROOT_ID,
-    ReadIn, SetattrIn, WriteIn, opcode,
+    ReadIn, ReleaseIn, SetattrIn, WriteIn, opcode,
 };
 
 /// A request's errno, positive.
@@ -22,7 +22,10 @@ pub(crate) enum Operation {
         /// The flags of open(2).
         flags: i32,
     },
-    Release,
+    /// The last descriptor of an open file is gone.
+    Release {
+        fh: u64,
+    },
     Read {
         offset: u64,
         size: usize,
@@ -91,7 +94,10 @@ pub(crate) fn decode(
                 flags: o.flags as i32,
             })
         }
-        opcode::RELEASE => Ok(Operation::Release),
+        opcode::RELEASE => {
+            let r: ReleaseIn = structure(body)?;
+            Ok(Operation::Release { fh: r.fh })
+        }
         opcode::READ => {
             let r: ReadIn = structure(body)?;
             if r.size as usize > max_request {

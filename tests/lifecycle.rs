@@ -221,6 +221,59 @@ fn a_force_lets_clients_go_at_once() {
 }
 
 #[test]
+fn a_force_after_a_lazy_stop_lets_clients_go_too() {
+    for_queues(|queues| {
+        let mut m = Mounted::fixed(8 * BLOCK, queues);
+        m.driver.hold();
+        let read = read_in_thread(m.open(false), 0);
+        m.driver.wait_for_held(1);
+        m.export().stop(Stop::Lazy).unwrap();
+        assert!(!is_mounted(&m.path));
+        assert!(read.try_recv().is_err(), "it is still served");
+        m.export().stop(Stop::Force).unwrap();
+        assert!(read.recv_timeout(SOON).unwrap().is_err());
+        m.driver.release();
+        m.delete();
+    });
+}
+
+#[test]
+fn nobody_waits_for_anothers_request_once_the_export_ends() {
+    for_queues(|queues| {
+        let mut m = Mounted::fixed(8 * BLOCK, queues);
+        let other = m.open(false);
+        m.driver.hold();
+        let held = read_in_thread(m.open(false), 0);
+        m.driver.wait_for_held(1);
+        m.export().stop(Stop::Lazy).unwrap();
+        eventually("the export ends", || m.export().state() == State::Ended);
+        let refused = read_in_thread(other, 1);
+        assert!(refused.recv_timeout(SOON).unwrap().is_err());
+        assert!(held.try_recv().is_err(), "it is still served");
+        m.driver.release();
+        assert_eq!(held.recv_timeout(SOON).unwrap().unwrap(), pattern(0, BLOCK));
+        m.delete();
+    });
+}
+
+#[test]
+fn an_end_that_leaves_its_mount_says_so_and_can_be_tried_again() {
+    for_queues(|queues| {
+        let mut m = Mounted::fixed(BLOCK, queues);
+        let cover = m.path.with_file_name("cover");
+        fs::write(&cover, "").unwrap();
+        let bind = nix::mount::MsFlags::MS_BIND;
+        nix::mount::mount(Some(&cover), &m.path, None::<&str>, bind, None::<&str>).unwrap();
+        let refused = m.export().stop(Stop::Lazy);
+        nix::mount::umount2(&m.path, nix::mount::MntFlags::MNT_DETACH).unwrap();
+        assert_eq!(errno(refused), libc::EBUSY);
+        assert!(is_mounted(&m.path));
+        m.delete();
+        assert!(!is_mounted(&m.path));
+    });
+}
+
+#[test]
 fn a_delete_that_times_out_goes_on_by_itself() {
     for_queues(|queues| {
         let mut m = Mounted::fixed(8 * BLOCK, queues);
@@ -1028,10 +1081,13 @@ fn a_forked_child_does_not_keep_the_mount() {
             assert!(child > 0);
             drop(reader);
             let mut data = [0; BLOCK];
-            m.open(true).read_exact_at(&mut data, 0).unwrap();
-            // Nobody has it open: the mount goes, and the connection with it.
+            let file = m.open(true);
+            file.read_exact_at(&mut data, 0).unwrap();
             m.delete();
             assert!(!is_mounted(&m.path));
+            // The child has the connection's descriptors, and yet it has ended.
+            assert!(file.read_exact_at(&mut data, 0).is_err());
+            drop(file);
             drop(writer);
             let mut status = 0;
             // SAFETY: waits for the child made above.

@@ -12,7 +12,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::SystemTime;
 
-use common::client::{aio_write, errno, fallocate, size};
+use common::client::{aio_read, aio_write, errno, fallocate, size};
 use common::sparse::{BLOCK, Exported, Sparse};
 use common::{Call, Mounted, for_queues, pattern};
 use memmap2::MmapMut;
@@ -314,6 +314,39 @@ fn o_trunc_leaves_a_fixed_size_alone() {
         fs::write(&m.path, b"by fs::write").unwrap();
         assert_eq!(m.driver.bytes()[..12], *b"by fs::write");
         assert_eq!(m.driver.bytes().len(), LEN);
+    });
+}
+
+#[test]
+fn an_ignored_o_trunc_takes_nothing_from_others() {
+    const PART: usize = 4096;
+    for_queues(|queues| {
+        let m = Mounted::fixed(LEN, queues);
+        let other = m.open_with(true, libc::O_DIRECT);
+        assert_eq!(size(&other), LEN as u64);
+        let shared = m.open(true);
+        // SAFETY: nothing else changes the file's length.
+        let mut map = unsafe { MmapMut::map_mut(&shared) }.unwrap();
+        map[9000..9006].copy_from_slice(b"mapped");
+        // Not yet written back; somebody else opens the file anew.
+        drop(
+            OpenOptions::new()
+                .write(true)
+                .truncate(true)
+                .open(&m.path)
+                .unwrap(),
+        );
+        // No stat in between: asynchronous reads go by the kernel's length.
+        let mut data = vec![0; PART];
+        let read = aio_read(&other, &mut [(4 * PART as u64, &mut data)]);
+        assert_eq!(read, [PART as i32]);
+        assert_eq!(data, pattern(4 * PART, PART));
+        map.flush().unwrap();
+        assert_eq!(m.driver.bytes()[9000..9006], *b"mapped");
+        // An explicit truncation is another thing.
+        drop(map);
+        shared.set_len(0).unwrap();
+        assert_eq!(m.driver.bytes().len(), 0);
     });
 }
 
