@@ -139,6 +139,11 @@ impl<T: Transport> Queue<T> {
 
     /// Begins a request, or keeps it if there is a drain; false: no more now.
     fn begin(&mut self, slot: Box<Slot>) -> bool {
+        // The end may have come between the look for it and the fetch.
+        if self.is_ending() {
+            self.refuse(slot);
+            return true;
+        }
         if let Err(closed) = self.control.requests.try_enter(self.index) {
             if closed.emptied {
                 self.control.hook(|h| h.idle());

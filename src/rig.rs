@@ -202,6 +202,8 @@ impl Rig {
         };
         let length = disk.data.lock().len() as u64;
         let file = Arc::new(File::new(policy, length, 1));
+        // As after the look at the attributes that comes before an open.
+        file.tell(length);
         let device = Rc::new(Device {
             driver,
             file: file.clone(),

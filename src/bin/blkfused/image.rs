@@ -303,9 +303,11 @@ mod tests {
             second.ends_with(": another process has it open for writing; stop that one first"),
             "{second}"
         );
+        assert!(refusal(&path, READ).contains("may resize it"));
+        drop(first);
         let reader = open(&path, READ).unwrap();
-        assert!(refusal(&path, WRITE).contains("open for writing"));
-        drop((first, reader));
+        assert!(refusal(&path, WRITE).contains("lets nobody else resize it"));
+        drop(reader);
         open(&path, WRITE).unwrap();
     }
 
