@@ -1,7 +1,8 @@
 //! How an export's mount ends: unmounted in a thread of its own, once, with
 //! what clients hold in mapped memory written back before if there is time.
 
-use std::sync::Arc;
+use std::io;
+use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
@@ -46,17 +47,21 @@ impl Ending {
     ) -> Result<()> {
         let mut state = self.state.lock();
         if matches!(*state, Unmounting::NotBegun | Unmounting::Done(Err(_))) {
-            let ending = self.clone();
-            let spawned = thread::Builder::new()
-                .name("blkfuse-unmount".to_owned())
-                .spawn(move || {
-                    let result = unmount();
-                    *ending.state.lock() = Unmounting::Done(result);
-                    ending.changed.notify_all();
-                })
-                .map_err(|e| Error::from_io("cannot start a thread to unmount in", &e))?;
-            self.threads.lock().push(spawned);
             *state = Unmounting::Running;
+            match self.spawn(unmount) {
+                Ok(thread) => self.threads.lock().push(thread),
+                // Better to wait for what may need us than not to end at all;
+                // but not where we are surely needed.
+                Err((_, unmount)) if !matches!(wait, Wait::No) => {
+                    drop(state);
+                    self.done(unmount());
+                    state = self.state.lock();
+                }
+                Err((e, _)) => {
+                    *state = Unmounting::NotBegun;
+                    return Err(Error::from_io("cannot start a thread to unmount in", &e));
+                }
+            }
         }
         while matches!(*state, Unmounting::Running) {
             match wait {
@@ -73,6 +78,35 @@ impl Ending {
             Unmounting::Done(result) => result.clone(),
             Unmounting::NotBegun | Unmounting::Running => Ok(()),
         }
+    }
+
+    /// Runs `unmount` in a thread, or gives it back.
+    fn spawn<F>(self: &Arc<Self>, unmount: F) -> std::result::Result<JoinHandle<()>, (io::Error, F)>
+    where
+        F: FnOnce() -> Result<()> + Send + 'static,
+    {
+        let ending = self.clone();
+        let (give, take) = mpsc::channel::<F>();
+        let spawned = thread::Builder::new()
+            .name("blkfuse-unmount".to_owned())
+            .spawn(move || {
+                if let Ok(unmount) = take.recv() {
+                    ending.done(unmount());
+                }
+            });
+        match spawned {
+            Ok(thread) => {
+                // The thread waits for it, so it is taken.
+                let _ = give.send(unmount);
+                Ok(thread)
+            }
+            Err(e) => Err((e, unmount)),
+        }
+    }
+
+    fn done(&self, result: Result<()>) {
+        *self.state.lock() = Unmounting::Done(result);
+        self.changed.notify_all();
     }
 
     /// Nothing was mounted, so there is nothing to undo.
