@@ -29,10 +29,22 @@ pub const QUEUES: [usize; 3] = [1, 2, 4];
 
 /// Runs `test` for every number of queues.
 pub fn for_queues(test: impl Fn(usize)) {
+    if !can_export() {
+        return;
+    }
     for queues in QUEUES {
         eprintln!("with {queues} queue(s)");
         test(queues);
     }
+}
+
+/// Whether these tests can mount here; skips if not.
+pub fn can_export() -> bool {
+    let can = nix::unistd::geteuid().is_root() && Path::new("/dev/fuse").exists();
+    if !can {
+        skip("it needs root and /dev/fuse");
+    }
+    can
 }
 
 /// Says why a test cannot run here. CI sets BLKFUSE_NO_SKIP, which makes that
