@@ -49,9 +49,9 @@
 //! A *queue* (queue.rs) owns a transport and a task (task.rs) for each of its
 //! slots; a thread of the library's runs it. The *export* (export.rs) is the
 //! life around the queues: mounting (mount.rs), the drain and the phases of
-//! life (control.rs, gate.rs), the file's attributes (file.rs). Data move
-//! once: the driver reads into and writes out of the slot's payload, which is
-//! what the kernel copies from and to.
+//! life (control.rs, gate.rs), the file's attributes (file.rs), its end
+//! (ending.rs). Data move once: the driver reads into and writes out of the
+//! slot's payload, which is what the kernel copies from and to.
 //!
 //! # What the library does to its process
 //!

@@ -190,7 +190,7 @@ impl<D: BlockDriver> Request<'_, D> {
     async fn write(&self, slot: &mut Slot, offset: u64, size: usize, durable: bool) -> Outcome {
         self.check_writable()?;
         let end = offset + size as u64;
-        let begun = self.begin_write(offset, size).await;
+        let begun = self.begin_write(offset, end).await;
         let (inside, len) = begun.inspect_err(|_| self.file().write_failed(end))?;
         let data = &slot.data()[..len];
         let result = self.driver().write(&self.io, data, offset).await;
@@ -214,11 +214,11 @@ impl<D: BlockDriver> Request<'_, D> {
         Ok(len as u64)
     }
 
-    /// Makes room for a write, as far as the file may grow. Returns how much
-    /// of it may be written, with the length held from shrinking meanwhile.
-    async fn begin_write(&self, offset: u64, size: usize) -> Result<(Use<'_>, usize), Errno> {
+    /// Makes room for a write up to `end`, as far as the file may grow. Returns
+    /// how many bytes of it may be written, with the length held from shrinking
+    /// meanwhile.
+    async fn begin_write(&self, offset: u64, end: u64) -> Result<(Use<'_>, usize), Errno> {
         let file = self.file();
-        let end = offset + size as u64;
         loop {
             if file.policy.growable && end > file.length() {
                 self.grow(end).await?;
@@ -226,7 +226,7 @@ impl<D: BlockDriver> Request<'_, D> {
             let inside = self.begin_use().await;
             let length = file.length();
             if end <= length {
-                return Ok((inside, size));
+                return Ok((inside, (end - offset) as usize));
             }
             if !file.policy.growable {
                 return match length.saturating_sub(offset) {
@@ -302,17 +302,18 @@ impl<D: BlockDriver> Request<'_, D> {
         if may_be_rollback && self.file().is_false_rollback(length) {
             return Ok(());
         }
-        if length < present {
+        if length == present {
+            return Ok(());
+        }
+        let _alone = if length < present {
             // A write that is still under way past the new end would leave
             // its bytes there, to reappear when the file grows again; a read
             // would ask the driver for what it no longer has.
-            let _alone = Alone::begin(self.file()).await;
-            self.set_length(length).await
-        } else if length > present {
-            self.set_length(length).await
+            Some(Alone::begin(self.file()).await)
         } else {
-            Ok(())
-        }
+            None
+        };
+        self.set_length(length).await
     }
 
     async fn flush(&self) -> Outcome {
@@ -377,8 +378,7 @@ impl<D: BlockDriver> Request<'_, D> {
         if setattr.size == 0 && !of_open_file && !self.file().policy.growable {
             return Ok(());
         }
-        let may_be_rollback = of_open_file;
-        self.truncate(setattr.size, may_be_rollback).await
+        self.truncate(setattr.size, of_open_file).await
     }
 
     async fn open(&self, slot: &mut Slot, flags: i32) -> Outcome {
@@ -420,8 +420,7 @@ impl<D: BlockDriver> Request<'_, D> {
             0 => self.allocate(slot, offset, end).await?,
             PUNCH => self.punch(slot, offset, end).await?,
             ZERO | ZERO_KEEP => {
-                let inside = end.min(self.file().length());
-                self.zero(slot, offset, inside, false).await?;
+                self.zero(slot, offset, end, false).await?;
                 if mode == ZERO {
                     self.allocate(slot, offset, end).await?;
                 }

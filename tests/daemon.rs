@@ -7,7 +7,6 @@ mod daemon_support;
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -18,7 +17,7 @@ use common::{Call, Mounted, SOON, eventually, pattern, skip};
 use daemon_support::*;
 use memmap2::MmapMut;
 use nix::fcntl::{FallocateFlags, fallocate};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::{Whence, lseek, mkfifo};
@@ -1116,32 +1115,13 @@ fn writers_exclude_each_other_and_readers_do_not() {
 
 // --- A connection made by others --------------------------------------------
 
-/// Mounts a FUSE connection that nobody serves yet.
-fn connection_at(at: &Path) -> File {
-    let device = open(Path::new("/dev/fuse"));
-    let options = format!(
-        "fd={},rootmode=100000,user_id=0,group_id=0,default_permissions,allow_other",
-        device.as_raw_fd()
-    );
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    mount(
-        Some("prepared"),
-        at,
-        Some("fuse"),
-        flags,
-        Some(&options[..]),
-    )
-    .unwrap();
-    device
-}
-
 #[test]
 fn an_inherited_connection_is_served() {
     let Some(s) = scratch() else { return };
     let image = s.file("disk.img", &pattern(0, 300_000));
     for (number, redirect) in [(0, ""), (7, "7<&0 0</dev/null")] {
         let at = s.mountpoint("disk");
-        let device = connection_at(&at);
+        let device = connection_at(&at, 0, ",allow_other");
         let script = format!("exec \"$@\" {redirect}");
         let mut command = Command::new("sh");
         command
@@ -1166,7 +1146,7 @@ fn an_inherited_connection_is_served() {
         unmount(&at, MntFlags::empty());
 
         // Unmounting ends this one, too.
-        let device = connection_at(&at);
+        let device = connection_at(&at, 0, ",allow_other");
         let mut command = blkfused();
         command.arg(&image).arg("/dev/fd/0").stdin(device);
         let daemon = Daemon::spawn(command, 1);

@@ -6,7 +6,6 @@ mod daemon_support;
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -93,7 +92,7 @@ fn as_nobody(fuse: Fuse, conf: &str, body: impl FnOnce(&User) + Send) {
                 return skip("there is no /etc/fuse.conf to cover");
             }
             if fuse == Fuse::Prepared {
-                *user.device.lock().unwrap() = Some(prepare(&user.prepared));
+                *user.device.lock().unwrap() = Some(connection_at(&user.prepared, NOBODY, ""));
             }
             become_nobody();
             body(&user);
@@ -133,29 +132,6 @@ fn user_directory() -> User {
         prepared,
         device: Mutex::new(None),
     }
-}
-
-/// Mounts a connection for the user that nobody serves yet.
-fn prepare(at: &Path) -> File {
-    let device = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/fuse")
-        .unwrap();
-    let options = format!(
-        "fd={},rootmode=100000,user_id={NOBODY},group_id={NOBODY},default_permissions",
-        device.as_raw_fd()
-    );
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    mount(
-        Some("prepared"),
-        at,
-        Some("fuse"),
-        flags,
-        Some(&options[..]),
-    )
-    .unwrap();
-    device
 }
 
 /// Covers a file, for this thread's namespace alone, with one that `make` makes.

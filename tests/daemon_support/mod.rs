@@ -3,8 +3,9 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
@@ -14,7 +15,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -446,4 +447,22 @@ pub fn rest_of(mut source: impl Read) -> String {
     let mut text = String::new();
     let _ = source.read_to_string(&mut text);
     text
+}
+
+/// Mounts a FUSE connection of `owner` that nobody serves yet; `more` is
+/// appended to its options.
+pub fn connection_at(at: &Path, owner: u32, more: &str) -> File {
+    let device = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse")
+        .unwrap();
+    let options = format!(
+        "fd={},rootmode=100000,user_id={owner},group_id={owner},default_permissions{more}",
+        device.as_raw_fd()
+    );
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    let options = Some(&options[..]);
+    mount(Some("prepared"), at, Some("fuse"), flags, options).unwrap();
+    device
 }
