@@ -77,6 +77,8 @@ mod queue;
 mod request;
 #[cfg(test)]
 mod rig;
+#[expect(dead_code, reason = "used by the io_uring transport")]
+mod ring;
 mod slot;
 mod stats;
 mod task;
