@@ -181,7 +181,8 @@ impl Io<'_> {
         self.queue
     }
 
-    /// The slot's number within its queue, from 0.
+    /// The slot's number within its queue, from 0: below
+    /// [`QueueInfo::slots`], and no other request's as long as this one lasts.
     pub fn slot(&self) -> usize {
         self.slot
     }

@@ -29,7 +29,7 @@ use crate::operations::{Device, serve};
 use crate::protocol::{Agreement, Offer};
 use crate::queue::{BUDGET, Progress, Queue};
 use crate::stats::{AllStats, Stats};
-use crate::task::Task;
+use crate::task::Tasks;
 use crate::transport::Transport;
 use crate::wakeups::Wakeups;
 
@@ -470,13 +470,9 @@ impl<D: BlockDriver> QueueStarter<D> {
             stats: shared.stats.clone(),
             queue: index,
         });
-        let tasks = (0..info.slots)
-            .map(|slot| {
-                Task::new(wakeups.waker(slot), |mailbox| {
-                    serve(device.clone(), slot, mailbox)
-                })
-            })
-            .collect();
+        let tasks = Tasks::new(wakeups.clone(), move |task, mailbox| {
+            serve(device.clone(), task, mailbox)
+        });
         let control = shared.control.clone();
         Ok(Queue::new(index, control, wakeups, transport, tasks))
     }

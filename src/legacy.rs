@@ -290,8 +290,8 @@ impl Legacy {
         if self.made == SLOTS {
             return Ok(None);
         }
-        let slot = Slot::new(self.made, self.capacity)
-            .map_err(|e| Error::from_io("no memory for a request", &e))?;
+        let slot =
+            Slot::new(self.capacity).map_err(|e| Error::from_io("no memory for a request", &e))?;
         self.made += 1;
         Ok(Some(Box::new(slot)))
     }
@@ -425,6 +425,11 @@ impl Transport for Legacy {
         sent
     }
 
+    fn flush(&mut self) -> Result<()> {
+        // write(2) has sent it.
+        Ok(())
+    }
+
     fn want_requests(&mut self, wanted: bool) -> Result<()> {
         let result = if wanted {
             self.watch()
@@ -466,7 +471,7 @@ mod tests {
 
     /// A slot into which `message` was read as from /dev/fuse.
     fn read_into_slot(opcode: u32, body: &[u8]) -> (Slot, bool) {
-        let mut slot = Slot::new(0, MIN_READ_BUFFER).unwrap();
+        let mut slot = Slot::new(MIN_READ_BUFFER).unwrap();
         let len = size_of::<InHeader>() + body.len();
         let header = InHeader {
             len: len as u32,

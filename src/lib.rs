@@ -74,6 +74,7 @@ mod operations;
 mod properties;
 mod protocol;
 mod queue;
+mod region;
 mod request;
 #[cfg(test)]
 mod rig;

@@ -40,7 +40,8 @@ pub(crate) struct Device<D> {
     pub(crate) queue: usize,
 }
 
-/// A slot's task: serves the requests that arrive in the mailbox, for ever.
+/// A task: serves the requests that arrive in the mailbox, for ever. `index` is
+/// its number within its queue.
 pub(crate) async fn serve<D: BlockDriver>(
     device: Rc<Device<D>>,
     index: usize,

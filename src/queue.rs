@@ -1,7 +1,7 @@
 //! The queue: the unit of concurrency.
 //!
-//! It owns a transport and a task for each of the transport's slots, and one
-//! thread at a time runs it. [`Queue::dispatch`] is all the work there is; a
+//! It owns a transport and a task for each request that it can have in flight,
+//! and one thread at a time runs it. [`Queue::dispatch`] is all the work there is; a
 //! thread of the library's own repeats it and sleeps in between.
 
 use std::collections::VecDeque;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::control::{Control, Phase};
 use crate::error::Error;
 use crate::slot::{Reply, Slot};
-use crate::task::{Answered, Task};
+use crate::task::{Answered, Tasks};
 use crate::transport::{Fetched, Transport};
 use crate::wakeups::Wakeups;
 
@@ -34,7 +34,7 @@ pub(crate) struct Queue<T> {
     control: Arc<Control>,
     wakeups: Arc<Wakeups>,
     transport: T,
-    tasks: Vec<Task>,
+    tasks: Tasks,
     /// Requests that arrived in a drain, to be served after it.
     parked: VecDeque<Box<Slot>>,
     in_flight: usize,
@@ -45,13 +45,13 @@ pub(crate) struct Queue<T> {
 }
 
 impl<T: Transport> Queue<T> {
-    /// `tasks`: one for each slot of the transport.
+    /// `tasks`: as many as the transport has slots.
     pub(crate) fn new(
         index: usize,
         control: Arc<Control>,
         wakeups: Arc<Wakeups>,
         transport: T,
-        tasks: Vec<Task>,
+        tasks: Tasks,
     ) -> Self {
         Self {
             index,
@@ -83,7 +83,7 @@ impl<T: Transport> Queue<T> {
 
     fn run(&mut self, budget: usize) -> Progress {
         let wakeups = self.wakeups.clone();
-        wakeups.take(|slot| self.resume(slot));
+        wakeups.take(|task| self.resume(task));
         if self.is_ending() {
             return self.finish();
         }
@@ -162,18 +162,15 @@ impl<T: Transport> Queue<T> {
             self.control.hook(|h| h.batch_begin(self.index));
         }
         self.in_flight += 1;
-        let answered = self.tasks[slot.index()].start(slot);
+        let answered = self.tasks.start(slot);
         self.answer(answered);
         true
     }
 
     /// Goes on with a request whose future was woken.
-    fn resume(&mut self, slot: usize) {
-        // A future may be woken once more after its end.
-        if self.tasks[slot].is_busy() {
-            let answered = self.tasks[slot].run();
-            self.answer(answered);
-        }
+    fn resume(&mut self, task: usize) {
+        let answered = self.tasks.resume(task);
+        self.answer(answered);
     }
 
     fn answer(&mut self, answered: Option<Answered>) {

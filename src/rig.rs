@@ -18,7 +18,7 @@ use crate::operations::{Device, serve};
 use crate::protocol::{FallocateIn, LseekIn, ReadIn, SetattrIn, WriteIn, opcode, set};
 use crate::queue::{Progress, Queue};
 use crate::stats::AllStats;
-use crate::task::Task;
+use crate::task::Tasks;
 use crate::transport::memory::{Answer, Memory};
 use crate::wakeups::Wakeups;
 
@@ -210,12 +210,9 @@ impl Rig {
             stats: Arc::new(AllStats::new(1)),
             queue: 0,
         });
-        let tasks = (0..SLOTS).map(|slot| {
-            Task::new(wakeups.waker(slot), |mailbox| {
-                serve(device.clone(), slot, mailbox)
-            })
+        let tasks = Tasks::new(wakeups.clone(), move |task, mailbox| {
+            serve(device.clone(), task, mailbox)
         });
-        let tasks = tasks.collect();
         let transport = Memory::new(SLOTS, CAPACITY);
         let queue = Queue::new(0, control.clone(), wakeups, transport, tasks);
         control.announce();

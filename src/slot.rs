@@ -8,11 +8,11 @@
 
 use std::io;
 
-use memmap2::{Advice, MmapMut};
 use zerocopy::{Immutable, IntoBytes};
 
 use crate::driver::ReadBuf;
 use crate::protocol::{InHeader, OPERATION_SIZE};
+use crate::region::Piece;
 use crate::request::Errno;
 
 /// How a request is to be answered.
@@ -45,17 +45,27 @@ impl Traces {
 }
 
 /// The room in front of the payload, so that the payload begins a page.
-const FRONT: usize = 4096;
+pub(crate) const FRONT: usize = 4096;
+
+/// Where in the kernel's ring queues a request came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RingOrigin {
+    /// The kernel's queue: the number of a CPU.
+    pub(crate) kernel_queue: u16,
+    /// What the request is answered by.
+    pub(crate) commit_id: u64,
+}
 
 /// A request's place, from its arrival to its answer.
 #[derive(Debug)]
 pub(crate) struct Slot {
-    index: usize,
+    /// The transport's: `None` if the slot is one of /dev/fuse's.
+    pub(crate) ring: Option<RingOrigin>,
     pub(crate) header: InHeader,
     /// The operation's own structure; the rest is of no meaning.
     pub(crate) operation: [u8; OPERATION_SIZE],
     /// `FRONT` bytes that are the transport's, then the payload.
-    memory: MmapMut,
+    memory: Piece,
     /// How many bytes of the payload came with the request.
     payload_len: usize,
     traces: Traces,
@@ -63,27 +73,22 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
-    /// A slot with `capacity` bytes of payload. Untouched payload costs no
-    /// memory, and none is copied into forked processes.
-    pub(crate) fn new(index: usize, capacity: usize) -> io::Result<Self> {
-        let memory = MmapMut::map_anon(FRONT + capacity)?;
-        if !cfg!(miri) {
-            memory.advise(Advice::DontFork)?;
-        }
-        Ok(Self {
-            index,
+    /// A slot with `capacity` bytes of payload, in memory of its own.
+    pub(crate) fn new(capacity: usize) -> io::Result<Self> {
+        Ok(Self::within(Piece::alone(FRONT + capacity)?))
+    }
+
+    /// A slot in `memory`, of which the payload is what follows `FRONT` bytes.
+    pub(crate) fn within(memory: Piece) -> Self {
+        Self {
+            ring: None,
             header: InHeader::default(),
             operation: [0; OPERATION_SIZE],
             memory,
             payload_len: 0,
             traces: Traces::default(),
             reply: Reply::Nothing,
-        })
-    }
-
-    /// Its number within its queue.
-    pub(crate) fn index(&self) -> usize {
-        self.index
+        }
     }
 
     pub(crate) fn capacity(&self) -> usize {
@@ -117,6 +122,11 @@ impl Slot {
     /// transport to receive into; as [`payload_mut`](Self::payload_mut).
     pub(crate) fn receive(&mut self, front: usize) -> &mut [u8] {
         &mut self.memory[FRONT - front..]
+    }
+
+    /// The `FRONT` bytes before the payload, which are the transport's.
+    pub(crate) fn front_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[..FRONT]
     }
 
     /// `front` followed by the payload's first `len` bytes, to send.
@@ -153,7 +163,7 @@ mod tests {
 
     #[test]
     fn zeroing_covers_whatever_was_there_before() {
-        let mut slot = Slot::new(0, 8192).unwrap();
+        let mut slot = Slot::new(8192).unwrap();
         slot.payload_mut()[..5000].fill(7);
         slot.arrived(5000, 5000);
         slot.read_buf(100).zero();
@@ -167,7 +177,7 @@ mod tests {
 
     #[test]
     fn a_read_that_touched_nothing_is_known() {
-        let mut slot = Slot::new(0, 4096).unwrap();
+        let mut slot = Slot::new(4096).unwrap();
         assert!(!slot.read_buf(10).is_filled());
         let mut buf = slot.read_buf(10);
         buf.bytes_mut()[0] = 1;

@@ -21,21 +21,26 @@ pub(crate) enum Fetched {
 
 /// Carries requests in and replies out, for one queue and on its thread.
 pub(crate) trait Transport {
-    /// How many slots it has at most; their indices are below that.
+    /// How many requests the queue can have in flight at most.
     fn slots(&self) -> usize;
 
     /// Takes one request that has arrived. Does not block.
     fn fetch(&mut self) -> Fetched;
 
     /// Sends `slot.reply` and takes the slot back. An answer that the kernel
-    /// no longer wants is not an error.
+    /// no longer wants is not an error. It may leave with the next
+    /// [`flush`](Self::flush) or [`wait`](Self::wait) only.
     fn commit(&mut self, slot: Box<Slot>) -> Result<(), Error>;
+
+    /// Sends what was committed. Does not block.
+    fn flush(&mut self) -> Result<(), Error>;
 
     /// Whether requests are wanted: what [`wait`](Self::wait) wakes up for.
     fn want_requests(&mut self, wanted: bool) -> Result<(), Error>;
 
-    /// Blocks until a request has arrived (if wanted) or the queue's wake-up
-    /// descriptor has been signalled; may return early.
+    /// Sends what was committed, then blocks until a request has arrived (if
+    /// wanted) or the queue's wake-up descriptor has been signalled; may return
+    /// early.
     fn wait(&mut self) -> Result<(), Error>;
 }
 
@@ -87,7 +92,7 @@ pub(crate) mod memory {
                 gone: false,
                 wanted: true,
                 free: (0..slots)
-                    .map(|i| Box::new(Slot::new(i, capacity).unwrap()))
+                    .map(|_| Box::new(Slot::new(capacity).unwrap()))
                     .collect(),
                 slots,
                 next_unique: 2,
@@ -151,6 +156,10 @@ pub(crate) mod memory {
                 });
             }
             self.free.push(slot);
+            Ok(())
+        }
+
+        fn flush(&mut self) -> Result<(), Error> {
             Ok(())
         }
 

@@ -1,4 +1,4 @@
-//! How a queue is woken: by a future whose slot can go on, and by the
+//! How a queue is woken: by a future that can go on, and by the
 //! export's owner.
 //!
 //! Waking costs a system call only if the queue sleeps. Before it sleeps the
@@ -15,8 +15,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 /// One queue's reasons to run.
 #[derive(Debug)]
 pub(crate) struct Wakeups {
-    /// A bit for each slot whose task can go on.
-    slots: Box<[AtomicU64]>,
+    /// A bit for each task that can go on.
+    tasks: Box<[AtomicU64]>,
     /// Something else is to be looked at.
     kicked: AtomicBool,
     sleeping: AtomicBool,
@@ -24,32 +24,32 @@ pub(crate) struct Wakeups {
 }
 
 impl Wakeups {
-    pub(crate) fn new(slots: usize) -> nix::Result<Self> {
+    pub(crate) fn new(tasks: usize) -> nix::Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         Ok(Self {
-            slots: (0..slots.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            tasks: (0..tasks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             kicked: AtomicBool::new(false),
             sleeping: AtomicBool::new(false),
             event: EventFd::from_value_and_flags(0, flags)?,
         })
     }
 
-    /// The waker of one slot's task.
-    pub(crate) fn waker(self: &Arc<Self>, slot: usize) -> Waker {
-        Waker::from(Arc::new(SlotWaker {
+    /// The waker of one task.
+    pub(crate) fn waker(self: &Arc<Self>, task: usize) -> Waker {
+        Waker::from(Arc::new(TaskWaker {
             queue: self.clone(),
-            slot,
+            task,
         }))
     }
 
-    /// Wakes the queue for something that is not a slot's.
+    /// Wakes the queue for something that is not a task's.
     pub(crate) fn kick(&self) {
         self.kicked.store(true, SeqCst);
         self.signal();
     }
 
-    fn wake(&self, slot: usize) {
-        self.slots[slot / 64].fetch_or(1 << (slot % 64), SeqCst);
+    fn wake(&self, task: usize) {
+        self.tasks[task / 64].fetch_or(1 << (task % 64), SeqCst);
         self.signal();
     }
 
@@ -77,15 +77,15 @@ impl Wakeups {
 
     /// Whether there is a reason to run.
     pub(crate) fn is_needed(&self) -> bool {
-        self.kicked.load(SeqCst) || self.slots.iter().any(|w| w.load(SeqCst) != 0)
+        self.kicked.load(SeqCst) || self.tasks.iter().any(|w| w.load(SeqCst) != 0)
     }
 
-    /// Takes the slots whose tasks can go on, and the kick.
+    /// Takes the tasks that can go on, and the kick.
     pub(crate) fn take(&self, mut run: impl FnMut(usize)) {
         if self.kicked.load(SeqCst) {
             self.kicked.store(false, SeqCst);
         }
-        for (i, word) in self.slots.iter().enumerate() {
+        for (i, word) in self.tasks.iter().enumerate() {
             if word.load(SeqCst) == 0 {
                 continue;
             }
@@ -109,18 +109,18 @@ impl Wakeups {
     }
 }
 
-struct SlotWaker {
+struct TaskWaker {
     queue: Arc<Wakeups>,
-    slot: usize,
+    task: usize,
 }
 
-impl Wake for SlotWaker {
+impl Wake for TaskWaker {
     fn wake(self: Arc<Self>) {
         self.wake_by_ref();
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        self.queue.wake(self.slot);
+        self.queue.wake(self.task);
     }
 }
 
