@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -15,6 +15,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::driver::{BlockDriver, Event, QueueInfo};
 use crate::error::{Error, Result};
 use crate::gate::Gate;
+use crate::mount::Aborter;
 use crate::protocol::MAX_LENGTH;
 use crate::wakeups::Wakeups;
 
@@ -137,6 +138,33 @@ pub(crate) struct Control {
     /// Why the export halted.
     failure: Mutex<Option<Error>>,
     queues: OnceLock<Box<[Arc<Wakeups>]>>,
+    /// How many queues may still have requests in flight.
+    unfinished: AtomicUsize,
+    /// Ends the connection; not there without the privilege.
+    aborter: OnceLock<Aborter>,
+}
+
+/// A queue that may still have requests in flight, until it is dropped.
+pub(crate) struct Unfinished(Arc<Control>);
+
+impl Unfinished {
+    pub(crate) fn new(control: &Arc<Control>) -> Self {
+        control.unfinished.fetch_add(1, SeqCst);
+        Self(control.clone())
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if self.0.unfinished.fetch_sub(1, SeqCst) == 1 {
+            // Everything in flight is answered. What is not gets an error,
+            // also if a forked child keeps the connection's descriptors open.
+            // It must come before any ring is closed: without an entry the
+            // kernel would forget who waits for one.
+            self.0.abort();
+            self.0.kick();
+        }
+    }
 }
 
 thread_local! {
@@ -164,7 +192,27 @@ impl Control {
             expects_unmount: AtomicBool::new(false),
             failure: Mutex::new(None),
             queues: OnceLock::new(),
+            unfinished: AtomicUsize::new(0),
+            aborter: OnceLock::new(),
         }
+    }
+
+    /// Says how the connection can be ended; once.
+    pub(crate) fn set_aborter(&self, aborter: Aborter) {
+        let set = self.aborter.set(aborter);
+        debug_assert!(set.is_ok(), "an export has one connection");
+    }
+
+    /// Ends the connection and every request that waits in it.
+    pub(crate) fn abort(&self) {
+        if let Some(aborter) = self.aborter.get() {
+            aborter.abort();
+        }
+    }
+
+    /// Whether no queue has requests in flight any more, nor will have.
+    pub(crate) fn all_finished(&self) -> bool {
+        self.unfinished.load(SeqCst) == 0
     }
 
     /// Says how the queues are woken; once, before any of them serves.

@@ -169,8 +169,6 @@ struct Shared {
     /// Queues that have not ended.
     running: AtomicUsize,
     ending: Arc<Ending>,
-    /// Ends the connection; `None` without the privilege.
-    aborter: Option<Aborter>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -209,7 +207,9 @@ fn start<D: BlockDriver>(driver: D, config: Config, device: Option<OwnedFd>) -> 
         gid: nix::unistd::getegid().as_raw(),
         block_size: limits.block_size,
     };
-    let aborter = Aborter::new(connection.device.as_fd());
+    if let Some(aborter) = Aborter::new(connection.device.as_fd()) {
+        control.set_aborter(aborter);
+    }
     let shared = Arc::new(Shared {
         control: Arc::new(control),
         file: Arc::new(File::new(policy, length, queues)),
@@ -219,7 +219,6 @@ fn start<D: BlockDriver>(driver: D, config: Config, device: Option<OwnedFd>) -> 
         mount: OnceLock::new(),
         running: AtomicUsize::new(queues),
         ending: Arc::default(),
-        aborter,
     });
     let threads = start_queues(&shared, &driver, queues)?;
     let export = Export {
@@ -497,16 +496,7 @@ impl Shared {
     /// One queue takes no more requests and has closed its descriptor.
     fn queue_ended(&self) {
         if self.running.fetch_sub(1, SeqCst) == 1 {
-            // Everything in flight is answered. What is not gets an error,
-            // also if a forked child keeps the connection's descriptors open.
-            self.abort();
             self.device.lock().take();
-        }
-    }
-
-    fn abort(&self) {
-        if let Some(aborter) = &self.aborter {
-            aborter.abort();
         }
     }
 
@@ -581,7 +571,7 @@ impl Export {
             }
             Stop::Force => {
                 control.advance(Phase::Closed);
-                shared.abort();
+                control.abort();
             }
             // Without a mount of ours there is nobody but us to ask.
             Stop::IfIdle if shared.mount.get().is_none() && shared.file.open_count() > 0 => {

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::control::{Control, Phase};
+use crate::control::{Control, Phase, Unfinished};
 use crate::error::Error;
 use crate::slot::{Reply, Slot};
 use crate::task::{Answered, Tasks};
@@ -42,6 +42,8 @@ pub(crate) struct Queue<T> {
     in_batch: bool,
     /// The connection has ended or the transport is broken.
     ended: bool,
+    /// As long as this queue may have requests in flight.
+    unfinished: Option<Unfinished>,
 }
 
 impl<T: Transport> Queue<T> {
@@ -55,6 +57,7 @@ impl<T: Transport> Queue<T> {
     ) -> Self {
         Self {
             index,
+            unfinished: Some(Unfinished::new(&control)),
             control,
             wakeups,
             transport,
@@ -78,7 +81,17 @@ impl<T: Transport> Queue<T> {
             self.control.hook(|h| h.batch_end(self.index));
             self.leave();
         }
+        // Whoever is idle waits next, which sends as well.
+        if progress != Progress::Idle {
+            self.flush();
+        }
         progress
+    }
+
+    fn flush(&mut self) {
+        if let Err(error) = self.transport.flush() {
+            self.broken(error);
+        }
     }
 
     fn run(&mut self, budget: usize) -> Progress {
@@ -115,12 +128,14 @@ impl<T: Transport> Queue<T> {
 
     /// Sleeps until there is something to dispatch.
     pub(crate) fn wait(&mut self) {
-        if self.wakeups.fall_asleep() {
-            let result = self.transport.wait();
-            self.wakeups.awake();
-            if let Err(error) = result {
-                self.broken(error);
-            }
+        if !self.wakeups.fall_asleep() {
+            self.flush();
+            return;
+        }
+        let result = self.transport.wait();
+        self.wakeups.awake();
+        if let Err(error) = result {
+            self.broken(error);
         }
     }
 
@@ -217,13 +232,20 @@ impl<T: Transport> Queue<T> {
         self.ended || self.control.phase() == Phase::Closed
     }
 
-    /// Begins no more requests, and ends once none is in flight. Until then
-    /// those that arrive are refused: nobody waits for another's request.
+    /// Begins no more requests, and ends once none is in flight in any queue:
+    /// the kernel has nobody else for the requests that it gives this one.
+    /// Until then those that arrive are refused: nobody waits for another's
+    /// request.
     fn finish(&mut self) -> Progress {
         while let Some(slot) = self.parked.pop_front() {
             self.refuse(slot);
         }
-        if self.in_flight == 0 {
+        if self.in_flight == 0 && self.unfinished.is_some() {
+            // The last answers leave before the connection ends.
+            self.flush();
+            self.unfinished = None;
+        }
+        if self.control.all_finished() {
             return Progress::Finished;
         }
         let mut refused = 0;
