@@ -83,6 +83,7 @@ mod task;
 mod transport;
 mod wakeups;
 
+pub use config::IoUring;
 pub use driver::{BlockDriver, Event, Extent, Features, Io, Limits, QueueInfo, ReadBuf};
 pub use error::{Error, Result};
 pub use export::{Builder, Export, State, Stop};
