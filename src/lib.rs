@@ -79,6 +79,11 @@ mod request;
 mod rig;
 mod slot;
 mod stats;
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "used by the io_uring transport")
+)]
+mod system;
 mod task;
 mod transport;
 mod wakeups;
