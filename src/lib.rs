@@ -71,6 +71,11 @@ mod gate;
 mod legacy;
 mod mount;
 mod operations;
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "used by the io_uring transport")
+)]
+mod plan;
 mod properties;
 mod protocol;
 mod queue;
