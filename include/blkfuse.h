@@ -407,17 +407,26 @@ int blkfuse_export_create(struct blkfuse_export **out,
  * | key         | type | default   | meaning                                   |
  * |-------------|------|-----------|-------------------------------------------|
  * | mountpoint  | str  |           | the existing regular file to appear at    |
- * | fuse-fd     | u64  |           | instead of mounting: the descriptor of a mounted /dev/fuse whose INIT nobody has read; mount it with default_permissions, which makes the kernel check the file's mode, and max_read=1048576; a successful start takes it over |
+ * | fuse-fd     | u64  |           | instead of mounting: the descriptor of a mounted /dev/fuse whose INIT nobody has read; mount it with default_permissions, which makes the kernel check the file's mode, and max_read=1048576, or what max-request says; a successful start takes it over |
  * | source      | str  | blkfuse   | what is shown as the mounted device       |
  * | writable    | bool | off       | allow writing                             |
  * | growable    | bool | off       | let writes past the end grow the file     |
  * | allow-other | str  | auto      | who else may use the file: on, off, or auto (on if the system permits it) |
  * | queues      | u64  | 0         | how many queues serve it, each with a thread; 0: one for each CPU available, at most 8 |
+ * | io-uring    | str  | auto      | whether requests come through FUSE-over-io_uring: off; on, and start fails where that cannot be; or auto (where it is to be had and has no known defects) |
+ * | queue-depth | u64  |           | over io_uring: entries for each of the kernel's ring queues, of which there is one for every possible CPU; 1 to 1024; if not set, at most 64, as memory-budget allows |
+ * | max-request | u64  | 1048576   | bytes of the largest read and write; a multiple of 4096 from 65536 to 1048576; if not set, over io_uring it may be less, as memory-budget allows; after the start: what was negotiated |
+ * | memory-budget | u64 | 268435456 | bytes that io_uring's buffers may take |
+ *
+ * io_uring's buffers take possible CPUs x queue-depth x (4096 + max-request)
+ * bytes. To fit memory-budget, queue-depth is lowered, to 4 at first (or as
+ * many as there are queues for each possible CPU); then max-request, down to
+ * 65536; then queue-depth, down to 1. What was set is not lowered: if it does
+ * not fit, io_uring cannot be used.
  *
  * These can only be read: state (str: created, started, stopping, ended),
  * transport (str), protocol (str: 7.45), mount-method (str: fsmount, mount,
- * fusermount3, fuse-fd), max-request (u64, bytes), last-error (str: why the
- * export halted, or empty).
+ * fusermount3, fuse-fd), last-error (str: why the export halted, or empty).
  *
  * Returns 0; -ENOENT: no such property; -EINVAL: the wrong type or value;
  * -EBUSY: the export was started, or is being started; -EPERM: the property

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::SigSet;
 use parking_lot::Mutex;
 
-use crate::config::Config;
+use crate::config::{Config, IoUring};
 use crate::control::{Control, Latch, Owned, Phase};
 use crate::driver::{BlockDriver, QueueInfo};
 use crate::ending::{Ending, Wait};
@@ -33,8 +33,6 @@ use crate::task::Tasks;
 use crate::transport::Transport;
 use crate::wakeups::Wakeups;
 
-/// The largest READ and WRITE asked for, in bytes.
-const MAX_REQUEST: u32 = 1 << 20;
 /// The least that the kernel is told to keep in flight in the background,
 /// which is what asynchronous clients and readahead do.
 const MIN_BACKGROUND: usize = 256;
@@ -95,8 +93,8 @@ impl<D: BlockDriver> Builder<D> {
     /// Serves a connection that somebody else has mounted: a /dev/fuse
     /// descriptor whose INIT nobody has read. It is to be mounted with
     /// `default_permissions`, which makes the kernel check the file's mode, and
-    /// `max_read=1048576`. The mount is its maker's to undo; the export's end
-    /// leaves it dead.
+    /// `max_read=1048576`, or what [`max_request`](Self::max_request) says. The
+    /// mount is its maker's to undo; the export's end leaves it dead.
     pub fn fuse_fd(mut self, device: OwnedFd) -> Self {
         self.config.fuse_fd = Some(device.as_raw_fd());
         self.device = Some(device);
@@ -131,6 +129,45 @@ impl<D: BlockDriver> Builder<D> {
     /// each CPU available, at most 8.
     pub fn queues(mut self, queues: usize) -> Self {
         self.config.queues = queues;
+        self
+    }
+
+    /// Whether requests come through FUSE-over-io_uring. Default:
+    /// [`IoUring::Auto`].
+    pub fn io_uring(mut self, io_uring: IoUring) -> Self {
+        self.config.io_uring = io_uring;
+        self
+    }
+
+    /// How many entries each of the kernel's ring queues gets, of which there
+    /// is one for every possible CPU: so many requests of one CPU can be in
+    /// flight. 1 to 1024, else the start fails with `EINVAL`. Default: at most
+    /// 64, as the [memory budget](Self::memory_budget) allows. Only over
+    /// io_uring.
+    pub fn queue_depth(mut self, depth: usize) -> Self {
+        self.config.queue_depth = Some(depth);
+        self
+    }
+
+    /// The largest read and write that reaches the driver, in bytes; larger
+    /// ones come in pieces. A multiple of 4096 from 65536 to 1048576, else the
+    /// start fails with `EINVAL`. Default: 1048576, or over io_uring what the
+    /// [memory budget](Self::memory_budget) allows. The kernel may make it
+    /// less; [`Export::max_request`] tells.
+    pub fn max_request(mut self, bytes: u32) -> Self {
+        self.config.max_request = Some(bytes);
+        self
+    }
+
+    /// How much memory io_uring's buffers may take, in bytes: possible CPUs ×
+    /// queue depth × (4096 + the largest request). Default: 256 MiB.
+    ///
+    /// To fit, the queue depth is lowered, to 4 at first (or as many as there
+    /// are queues for each possible CPU); then the largest request, down to
+    /// 64 KiB; then the queue depth, down to 1. What was set is not lowered: if
+    /// it does not fit, io_uring cannot be used.
+    pub fn memory_budget(mut self, bytes: u64) -> Self {
+        self.config.memory_budget = Some(bytes);
         self
     }
 
@@ -294,7 +331,7 @@ fn connect(config: &Config, fuse_fd: Option<OwnedFd>, queues: usize) -> Result<C
             source: &config.source(),
             writable: config.writable,
             allow_other: config.allow_other,
-            max_read: MAX_REQUEST,
+            max_read: config.max_request(),
         })?),
         _ => None,
     };
@@ -307,7 +344,7 @@ fn connect(config: &Config, fuse_fd: Option<OwnedFd>, queues: usize) -> Result<C
         (None, None) => unreachable!("checked: a mountpoint or a descriptor"),
     };
     let offer = Offer {
-        max_request: MAX_REQUEST,
+        max_request: config.max_request(),
         truncates_on_open: config.growable,
         max_background: (queues * legacy::SLOTS).clamp(MIN_BACKGROUND, u16::MAX.into()) as u16,
     };

@@ -71,6 +71,11 @@ mod gate;
 mod legacy;
 mod mount;
 mod operations;
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "used by the io_uring transport")
+)]
+mod plan;
 mod properties;
 mod protocol;
 mod queue;
@@ -82,10 +87,16 @@ mod rig;
 mod ring;
 mod slot;
 mod stats;
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "used by the io_uring transport")
+)]
+mod system;
 mod task;
 mod transport;
 mod wakeups;
 
+pub use config::IoUring;
 pub use driver::{BlockDriver, Event, Extent, Features, Io, Limits, QueueInfo, ReadBuf};
 pub use error::{Error, Result};
 pub use export::{Builder, Export, State, Stop};

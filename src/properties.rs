@@ -6,7 +6,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
-use crate::config::{Config, QUEUES_LIMIT};
+use crate::config::{Config, IoUring, QUEUES_LIMIT, check_depth, check_request};
 use crate::error::{Error, Result};
 use crate::export::{Export, State};
 use crate::mount::AllowOther;
@@ -138,6 +138,62 @@ pub(crate) static PROPERTIES: &[Property] = &[
         },
     },
     Property {
+        key: "io-uring",
+        kind: Kind::Str,
+        set: Some(|config, value| {
+            config.io_uring = match text(value)?.as_bytes() {
+                b"off" => IoUring::Off,
+                b"on" => IoUring::On,
+                b"auto" => IoUring::Auto,
+                _ => return Err(invalid("is none of on, off and auto")),
+            };
+            Ok(())
+        }),
+        get: |view| {
+            let word = match view.config.io_uring {
+                IoUring::Off => "off",
+                IoUring::On => "on",
+                IoUring::Auto => "auto",
+            };
+            Some(Value::Str(word.into()))
+        },
+    },
+    Property {
+        key: "queue-depth",
+        kind: Kind::U64,
+        set: Some(|config, value| {
+            let depth = number(value)?;
+            check_depth(depth).map_err(invalid)?;
+            config.queue_depth = Some(depth as usize);
+            Ok(())
+        }),
+        get: |view| Some(Value::U64(view.config.queue_depth? as u64)),
+    },
+    Property {
+        key: "max-request",
+        kind: Kind::U64,
+        set: Some(|config, value| {
+            let bytes = number(value)?;
+            check_request(bytes).map_err(invalid)?;
+            config.max_request = Some(bytes as u32);
+            Ok(())
+        }),
+        get: |view| {
+            let asked = view.config.max_request();
+            let bytes = view.export.map_or(asked, Export::max_request);
+            Some(Value::U64(bytes.into()))
+        },
+    },
+    Property {
+        key: "memory-budget",
+        kind: Kind::U64,
+        set: Some(|config, value| {
+            config.memory_budget = Some(number(value)?);
+            Ok(())
+        }),
+        get: |view| Some(Value::U64(view.config.memory_budget())),
+    },
+    Property {
         key: "state",
         kind: Kind::Str,
         set: None,
@@ -174,12 +230,6 @@ pub(crate) static PROPERTIES: &[Property] = &[
             let method = view.export?.mount_method().unwrap_or("fuse-fd");
             Some(Value::Str(method.into()))
         },
-    },
-    Property {
-        key: "max-request",
-        kind: Kind::U64,
-        set: None,
-        get: |view| Some(Value::U64(view.export?.max_request().into())),
     },
     Property {
         key: "last-error",
@@ -285,12 +335,31 @@ mod tests {
         set(&mut config, "queues", Value::Str("3".into())).unwrap();
         set(&mut config, "allow-other", Value::Str("off".into())).unwrap();
         set(&mut config, "mountpoint", Value::Str("/a b".into())).unwrap();
+        set(&mut config, "io-uring", Value::Str("on".into())).unwrap();
+        set(&mut config, "queue-depth", Value::U64(1024)).unwrap();
+        set(&mut config, "max-request", Value::U64(69_632)).unwrap();
+        set(&mut config, "memory-budget", Value::Str("1000".into())).unwrap();
         let got = |key| get(&view(&config), key).unwrap();
         assert_eq!(got("writable"), Value::Bool(true));
         assert_eq!(got("queues"), Value::U64(3));
         assert_eq!(got("allow-other"), Value::Str("off".into()));
         assert_eq!(got("mountpoint"), Value::Str("/a b".into()));
+        assert_eq!(got("io-uring"), Value::Str("on".into()));
+        assert_eq!(got("queue-depth"), Value::U64(1024));
+        assert_eq!(got("max-request"), Value::U64(69_632));
+        assert_eq!(got("memory-budget"), Value::U64(1000));
         assert_eq!(got("state"), Value::Str("created".into()));
+    }
+
+    #[test]
+    fn what_is_not_set_has_its_default() {
+        let config = Config::default();
+        let got = |key| get(&view(&config), key);
+        assert_eq!(got("io-uring"), Ok(Value::Str("auto".into())));
+        assert_eq!(got("max-request"), Ok(Value::U64(1 << 20)));
+        assert_eq!(got("memory-budget"), Ok(Value::U64(256 << 20)));
+        // As the budget allows, which shows at the start.
+        assert_eq!(got("queue-depth").unwrap_err().errno(), libc::ENODATA);
     }
 
     #[test]
@@ -311,6 +380,19 @@ mod tests {
         assert_eq!(refused("queues", Value::U64(257)), libc::EINVAL);
         assert_eq!(refused("queues", Value::Bool(true)), libc::EINVAL);
         assert_eq!(refused("fuse-fd", Value::U64(u64::MAX)), libc::EINVAL);
+        assert_eq!(refused("io-uring", Value::Str("yes".into())), libc::EINVAL);
+        assert_eq!(refused("io-uring", Value::Bool(true)), libc::EINVAL);
+        for depth in [0, 1025, 1 << 32] {
+            assert_eq!(refused("queue-depth", Value::U64(depth)), libc::EINVAL);
+        }
+        for bytes in [0, 4096, 65_535, 65_537, 2 << 20, (1 << 32) + 65_536] {
+            assert_eq!(refused("max-request", Value::U64(bytes)), libc::EINVAL);
+        }
+        assert_eq!(
+            refused("max-request", Value::Str("1M".into())),
+            libc::EINVAL
+        );
+        assert_eq!(refused("memory-budget", Value::Bool(true)), libc::EINVAL);
         assert_eq!(refused("state", Value::Str("started".into())), libc::EPERM);
         let not_yet = get(&view(&config), "protocol").unwrap_err();
         assert_eq!(not_yet.errno(), libc::ENODATA);

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use blkfuse::{BlockDriver, Io, ReadBuf};
 use common::client::{aio_read, errno};
 use common::sparse::{Exported, Sparse};
-use common::{Call, Mounted, for_queues, pattern};
+use common::{Call, Memory, Mounted, for_queues, pattern};
 use memmap2::MmapOptions;
 use nix::sys::uio::preadv;
 
@@ -68,6 +68,34 @@ fn any_offset_and_length() {
                     assert!(read(&file, offset, len) == expected(offset, len), "{what}");
                 }
             }
+        }
+    });
+}
+
+#[test]
+fn larger_reads_come_in_pieces_of_the_largest_request() {
+    const MAX: usize = 64 << 10;
+    for_queues(|queues| {
+        let m = Mounted::with(Memory::patterned(LEN), queues, |b| {
+            b.max_request(MAX as u32)
+        });
+        assert_eq!(m.export().max_request(), MAX as u32);
+        let line = common::mount_line(&m.path).unwrap();
+        assert!(line.ends_with(",max_read=65536"), "{line}");
+        let file = m.open_with(false, libc::O_DIRECT);
+        for (offset, len) in [(0, 1 << 20), (4097, 1 << 20), (0, LEN)] {
+            m.driver.calls.lock().unwrap().clear();
+            assert!(read(&file, offset, len) == expected(offset, len));
+            let calls = m.driver.calls.lock().unwrap().clone();
+            let mut reads: Vec<_> = calls.iter().filter(|c| c.0 == Call::Read).collect();
+            reads.sort_by_key(|(_, offset, _)| *offset);
+            assert!(reads.iter().all(|(_, _, n)| *n <= MAX as u64), "{reads:?}");
+            let mut next = offset as u64;
+            for (_, at, n) in reads {
+                assert_eq!(*at, next);
+                next += n;
+            }
+            assert_eq!(next, (offset + len) as u64);
         }
     });
 }

@@ -78,14 +78,18 @@ static void properties(void)
     REFUSED(blkfuse_export_set_str(export_, "writable", "maybe"), EINVAL);
     REFUSED(blkfuse_export_set_str(export_, "allow-other", "some"), EINVAL);
     REFUSED(blkfuse_export_set_u64(export_, "fuse-fd", UINT64_MAX), EINVAL);
+    REFUSED(blkfuse_export_set_str(export_, "io-uring", "perhaps"), EINVAL);
+    REFUSED(blkfuse_export_set_u64(export_, "queue-depth", 0), EINVAL);
+    REFUSED(blkfuse_export_set_u64(export_, "max-request", 65537), EINVAL);
+    REFUSED(blkfuse_export_set_str(export_, "memory-budget", "much"), EINVAL);
 
     REFUSED(blkfuse_export_set_str(export_, "state", "started"), EPERM);
-    REFUSED(blkfuse_export_set_u64(export_, "max-request", 1), EPERM);
+    REFUSED(blkfuse_export_set_u64(export_, "protocol", 7), EPERM);
 
     /* Not known before the start. */
     REFUSED(blkfuse_export_get_str(export_, "protocol", text, sizeof(text)), ENODATA);
     REFUSED(blkfuse_export_get_str(export_, "transport", text, sizeof(text)), ENODATA);
-    REFUSED(blkfuse_export_get_u64(export_, "max-request", &number), ENODATA);
+    REFUSED(blkfuse_export_get_u64(export_, "queue-depth", &number), ENODATA);
     REFUSED(blkfuse_export_get_u64(export_, "fuse-fd", &number), ENODATA);
     CHECK(truth == true && number == 7 && strcmp(text, "unchanged") == 0);
 
@@ -98,6 +102,9 @@ static void properties(void)
     CHECK(strcmp(text, "3") == 0);
     CHECK(blkfuse_export_get_str(export_, "writable", text, sizeof(text)) == 2);
     CHECK(strcmp(text, "on") == 0);
+    CHECK(blkfuse_export_get_u64(export_, "max-request", &number) == 0 && number == 1048576);
+    CHECK(blkfuse_export_set_u64(export_, "max-request", 65536) == 0);
+    CHECK(blkfuse_export_get_u64(export_, "max-request", &number) == 0 && number == 65536);
     CHECK(blkfuse_export_get_str(export_, "state", text, sizeof(text)) == 7);
     CHECK(strcmp(text, "created") == 0);
 
