@@ -8,36 +8,25 @@
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::rc::Rc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::SigSet;
 use parking_lot::Mutex;
 
 use crate::config::{Config, IoUring};
-use crate::control::{Control, Latch, Owned, Phase};
-use crate::driver::{BlockDriver, QueueInfo};
+use crate::control::{Control, Latch, Phase};
+use crate::driver::BlockDriver;
 use crate::ending::{Ending, Wait};
 use crate::error::{Error, Result};
-use crate::file::{File, FilePolicy};
-use crate::legacy::{self, Legacy};
-use crate::mount::{self, Aborter, AllowOther, Mount, MountOptions, Mounting, Unmount};
-use crate::operations::{Device, serve};
-use crate::protocol::{Agreement, Offer};
-use crate::queue::{BUDGET, Progress, Queue};
+use crate::file::File;
+use crate::legacy;
+use crate::mount::{AllowOther, Mount, Unmount};
+use crate::protocol::Agreement;
+use crate::start::{self, Carrier};
 use crate::stats::{AllStats, Stats};
-use crate::task::Tasks;
-use crate::transport::Transport;
-use crate::wakeups::Wakeups;
 
-/// The least that the kernel is told to keep in flight in the background,
-/// which is what asynchronous clients and readahead do.
-const MIN_BACKGROUND: usize = 256;
-/// How long a descriptor may take to bring INIT.
-const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a stop waits for the unmounting that it began. It takes longer
 /// only if the driver must first write what clients left in the page cache.
 const UNMOUNT_PATIENCE: Duration = Duration::from_secs(2);
@@ -177,7 +166,7 @@ impl<D: BlockDriver> Builder<D> {
     /// Must not be called by a thread that must answer for the driver before
     /// [`BlockDriver::length`] or [`BlockDriver::queue_start`] can return.
     pub fn start(self) -> Result<Export> {
-        start(self.driver, self.config, self.device)
+        start::start(self.driver, self.config, self.device)
     }
 }
 
@@ -191,19 +180,20 @@ pub struct Export {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     gone: Arc<Latch>,
+    carrier: Carrier,
 }
 
 /// What an export's handle, threads and unmounting share.
-struct Shared {
-    control: Arc<Control>,
-    file: Arc<File>,
-    stats: Arc<AllStats>,
-    agreement: Agreement,
+pub(crate) struct Shared {
+    pub(crate) control: Arc<Control>,
+    pub(crate) file: Arc<File>,
+    pub(crate) stats: Arc<AllStats>,
+    pub(crate) agreement: Agreement,
     /// The connection's first descriptor; closed with the last queue, which
     /// ends the connection.
     device: Mutex<Option<Arc<OwnedFd>>>,
     mount: OnceLock<Mount>,
-    /// Queues that have not ended.
+    /// Threads of queues that have not ended.
     running: AtomicUsize,
     ending: Arc<Ending>,
 }
@@ -217,307 +207,30 @@ impl std::fmt::Debug for Shared {
     }
 }
 
-/// A connection whose INIT was answered and which is not yet served.
-struct Connection {
-    device: Arc<OwnedFd>,
-    /// To be attached; `None` if somebody else did the mounting.
-    mounting: Option<Mounting>,
-    agreement: Agreement,
-}
-
-fn start<D: BlockDriver>(driver: D, config: Config, device: Option<OwnedFd>) -> Result<Export> {
-    let gone = Arc::new(Latch::default());
-    let driver = Arc::new(Owned::new(driver, gone.clone()));
-    config.check()?;
-    let queues = config.queue_count();
-    let limits = checked_limits(&driver.driver)?;
-    check_features(&driver.driver, &config)?;
-    let control = Control::new(config.name(), driver.clone(), queues);
-    let length = control.driver_length()?;
-
-    let connection = connect(&config, device, queues)?;
-    let policy = FilePolicy {
-        writable: config.writable,
-        growable: config.growable,
-        others: connection.allows_others(&config),
-        uid: nix::unistd::geteuid().as_raw(),
-        gid: nix::unistd::getegid().as_raw(),
-        block_size: limits.block_size,
-    };
-    if let Some(aborter) = Aborter::new(connection.device.as_fd()) {
-        control.set_aborter(aborter);
-    }
-    let shared = Arc::new(Shared {
-        control: Arc::new(control),
-        file: Arc::new(File::new(policy, length, queues)),
-        stats: Arc::new(AllStats::new(queues)),
-        agreement: connection.agreement,
-        device: Mutex::new(Some(connection.device)),
-        mount: OnceLock::new(),
-        running: AtomicUsize::new(queues),
-        ending: Arc::default(),
-    });
-    let threads = start_queues(&shared, &driver, queues)?;
-    let export = Export {
-        shared,
-        threads,
-        gone,
-    };
-    if let Some(mounting) = connection.mounting {
-        match mounting.attach() {
-            Ok((_device, mount)) => {
-                let set = export.shared.mount.set(mount);
-                debug_assert!(set.is_ok(), "an export is mounted once");
-            }
-            Err(error) => {
-                export.abandon();
-                return Err(error);
-            }
-        }
-    }
-    log::info!(
-        "{}: {length} bytes, {} queues, FUSE 7.{}, requests of up to {} bytes",
-        export.shared.control.name,
-        queues,
-        connection.agreement.minor,
-        connection.agreement.max_request,
-    );
-    export.shared.control.announce();
-    if export.shared.control.phase() == Phase::Closed {
-        let name = &export.shared.control.name;
-        let ended = Error::new(
-            libc::ENOTCONN,
-            format!("{name}: unmounted while it started"),
-        );
-        return Err(export.failure().unwrap_or(ended));
-    }
-    Ok(export)
-}
-
-fn checked_limits(driver: &impl BlockDriver) -> Result<crate::driver::Limits> {
-    let limits = driver.limits();
-    if limits.block_size < 512 || !limits.block_size.is_power_of_two() {
-        let text = format!(
-            "the driver's block size of {} bytes is not a power of two of at least 512",
-            limits.block_size
-        );
-        return Err(Error::new(libc::EINVAL, text));
-    }
-    Ok(limits)
-}
-
-fn check_features(driver: &impl BlockDriver, config: &Config) -> Result<()> {
-    let features = driver.features();
-    if config.writable && !features.write {
-        return Err(Error::new(
-            libc::EROFS,
-            "the driver cannot write; export it read-only",
-        ));
-    }
-    if config.growable && !features.truncate {
-        return Err(Error::new(
-            libc::EOPNOTSUPP,
-            "the driver cannot change its length; export it without \"growable\"",
-        ));
-    }
-    Ok(())
-}
-
-/// Gets a connection to the kernel and answers its INIT.
-fn connect(config: &Config, fuse_fd: Option<OwnedFd>, queues: usize) -> Result<Connection> {
-    let mounting = match (&fuse_fd, &config.mountpoint) {
-        (None, Some(mountpoint)) => Some(mount::prepare(&MountOptions {
-            mountpoint,
-            source: &config.source(),
-            writable: config.writable,
-            allow_other: config.allow_other,
-            max_read: config.max_request(),
-        })?),
-        _ => None,
-    };
-    let device = match (&mounting, fuse_fd) {
-        (Some(mounting), _) => mounting
-            .device()
-            .try_clone_to_owned()
-            .map_err(|e| Error::from_io("cannot duplicate the FUSE descriptor", &e))?,
-        (None, Some(fd)) => fd,
-        (None, None) => unreachable!("checked: a mountpoint or a descriptor"),
-    };
-    let offer = Offer {
-        max_request: config.max_request(),
-        truncates_on_open: config.growable,
-        max_background: (queues * legacy::SLOTS).clamp(MIN_BACKGROUND, u16::MAX.into()) as u16,
-    };
-    let agreement = legacy::handshake(device.as_fd(), &offer, INIT_TIMEOUT)
-        .map_err(|e| Error::new(e.errno(), format!("{}: {e}", config.name())))?;
-    Ok(Connection {
-        device: Arc::new(device),
-        mounting,
-        agreement,
-    })
-}
-
-impl Connection {
-    /// Whether the mount lets others than its owner in. Of a mount that
-    /// somebody else made only its maker knows, and may say so.
-    fn allows_others(&self, config: &Config) -> bool {
-        match &self.mounting {
-            Some(mounting) => mounting.allows_others(),
-            None => config.allow_other == AllowOther::On,
-        }
-    }
-}
-
-/// Starts every queue's thread; if one fails, none is left.
-fn start_queues<D: BlockDriver>(
-    shared: &Arc<Shared>,
-    driver: &Arc<Owned<D>>,
-    queues: usize,
-) -> Result<Vec<JoinHandle<()>>> {
-    let no_wakeups = |e: nix::Error| Error::from_io("cannot make an eventfd", &e.into());
-    let wakeups = (0..queues)
-        .map(|_| Wakeups::new(legacy::SLOTS).map(Arc::new))
-        .collect::<nix::Result<Box<[_]>>>()
-        .map_err(no_wakeups)?;
-    shared.control.set_queues(wakeups.clone());
-    let mut threads = Vec::with_capacity(queues);
-    let mut failed = None;
-    let (report, reports) = mpsc::channel();
-    for (index, wakeups) in wakeups.iter().enumerate() {
-        let starter = QueueStarter {
-            shared: shared.clone(),
-            driver: driver.clone(),
-            index,
-            wakeups: wakeups.clone(),
-        };
-        let report = report.clone();
-        let spawned = thread::Builder::new()
-            .name(format!("blkfuse-{index}"))
-            .spawn(move || starter.run(&report));
-        match spawned {
-            Ok(thread) => threads.push(thread),
-            Err(e) => {
-                failed = Some(Error::from_io("cannot start a queue's thread", &e));
-                break;
-            }
-        }
-    }
-    drop(report);
-    for outcome in reports.iter().take(threads.len()) {
-        failed = failed.or(outcome.err());
-    }
-    match failed {
-        None => Ok(threads),
-        Some(error) => {
-            shared.control.advance(Phase::Closed);
-            join(threads);
-            Err(error)
-        }
-    }
-}
-
-fn join(threads: Vec<JoinHandle<()>>) {
-    for thread in threads {
-        if thread.thread().id() != thread::current().id() && thread.join().is_err() {
-            log::error!("one of the export's threads panicked");
-        }
-    }
-}
-
-/// What a queue's thread begins with.
-struct QueueStarter<D> {
-    shared: Arc<Shared>,
-    driver: Arc<Owned<D>>,
-    index: usize,
-    wakeups: Arc<Wakeups>,
-}
-
-/// The end of a queue's thread, however it comes.
-struct EndOfQueue(Arc<Shared>);
-
-impl Drop for EndOfQueue {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            let text = "a queue's thread panicked";
-            self.0.control.halt(Error::new(libc::ENOTRECOVERABLE, text));
-        }
-        self.0.queue_ended();
-    }
-}
-
-impl<D: BlockDriver> QueueStarter<D> {
-    /// The thread of one queue; says on `report` whether it serves.
-    fn run(self, report: &mpsc::Sender<Result<()>>) {
-        // The program's signals are for the program's own threads.
-        if let Err(errno) = SigSet::all().thread_block() {
-            log::warn!("a queue's thread cannot block signals: {errno}");
-        }
-        let (shared, index) = (self.shared.clone(), self.index);
-        let control = shared.control.clone();
-        // All of this thread's calls of the driver are callbacks, not only
-        // those in a dispatch.
-        let _marked = control.dispatching();
-        let queue = self.open();
-        let outcome = queue.as_ref().map(drop).map_err(Error::clone);
-        // The receiver is gone only if the start has failed already.
-        let _ = report.send(outcome);
-        let ending = EndOfQueue(shared);
-        let shared = &ending.0;
-        if let Ok(mut queue) = queue {
-            loop {
-                match queue.dispatch(BUDGET) {
-                    Progress::More => {}
-                    Progress::Idle => queue.wait(),
-                    Progress::Finished => break,
-                }
-            }
-            shared.control.hook(|h| h.queue_stop(index));
-        }
-    }
-
-    fn open(self) -> Result<Queue<Legacy>> {
-        let Self {
-            shared,
-            driver,
-            index,
-            wakeups,
-        } = self;
-        let device = shared.queue_device()?;
-        let max_request = shared.agreement.max_request as usize;
-        let transport = Legacy::new(device, wakeups.clone(), max_request)
-            .map_err(|e| Error::from_io("cannot watch /dev/fuse", &e.into()))?;
-        let info = QueueInfo {
-            index,
-            slots: transport.slots(),
-        };
-        let mut started = Err(Error::new(
-            libc::ENOTRECOVERABLE,
-            "the driver panicked while it started a queue",
-        ));
-        shared.control.hook(|h| {
-            started = h
-                .queue_start(info)
-                .map_err(|e| Error::from_io("the driver cannot start a queue", &e));
-        });
-        started?;
-        let device = Rc::new(Device {
-            driver,
-            file: shared.file.clone(),
-            stats: shared.stats.clone(),
-            queue: index,
-        });
-        let tasks = Tasks::new(wakeups.clone(), move |task, mailbox| {
-            serve(device.clone(), task, mailbox)
-        });
-        let control = shared.control.clone();
-        Ok(Queue::new(index, control, wakeups, transport, tasks))
-    }
-}
-
 impl Shared {
+    /// Of an export with `queues` queues whose connection is `device`.
+    pub(crate) fn new(
+        control: Control,
+        file: File,
+        agreement: Agreement,
+        device: Arc<OwnedFd>,
+        queues: usize,
+    ) -> Self {
+        Self {
+            control: Arc::new(control),
+            file: Arc::new(file),
+            stats: Arc::new(AllStats::new(queues)),
+            agreement,
+            device: Mutex::new(Some(device)),
+            mount: OnceLock::new(),
+            running: AtomicUsize::new(queues),
+            ending: Arc::default(),
+        }
+    }
+
     /// A descriptor for one queue: its own, or the shared one where /dev/fuse
     /// cannot be opened.
-    fn queue_device(&self) -> Result<Arc<OwnedFd>> {
+    pub(crate) fn queue_device(&self) -> Result<Arc<OwnedFd>> {
         let device = self.device.lock().clone();
         let device =
             device.ok_or_else(|| Error::new(libc::ENOTCONN, "the connection has ended"))?;
@@ -530,8 +243,8 @@ impl Shared {
         }
     }
 
-    /// One queue takes no more requests and has closed its descriptor.
-    fn queue_ended(&self) {
+    /// The thread of one queue ends; it has closed its descriptor.
+    pub(crate) fn thread_ended(&self) {
         if self.running.fetch_sub(1, SeqCst) == 1 {
             self.device.lock().take();
         }
@@ -579,6 +292,26 @@ impl Shared {
 }
 
 impl Export {
+    /// An export that serves, and is mounted if it has a `mount`.
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        threads: Vec<JoinHandle<()>>,
+        mount: Option<Mount>,
+        carrier: Carrier,
+        gone: Arc<Latch>,
+    ) -> Self {
+        if let Some(mount) = mount {
+            let set = shared.mount.set(mount);
+            debug_assert!(set.is_ok(), "an export is mounted once");
+        }
+        Self {
+            shared,
+            threads,
+            gone,
+            carrier,
+        }
+    }
+
     /// Begins to describe an export of `driver`.
     pub fn builder<D: BlockDriver>(driver: D) -> Builder<D> {
         Builder::new(driver, Config::default())
@@ -653,14 +386,6 @@ impl Export {
         threads.append(&mut ending.take_threads());
         join(threads);
         stopped
-    }
-
-    /// Undoes a start that failed late.
-    fn abandon(mut self) {
-        // Nothing was attached, so there is nothing to unmount.
-        self.shared.ending.skip();
-        self.shared.control.advance(Phase::Closed);
-        join(std::mem::take(&mut self.threads));
     }
 
     /// Begins a drain: no further request is begun until as many
@@ -784,6 +509,11 @@ impl Export {
         self.shared.agreement.minor
     }
 
+    /// By what the requests come.
+    pub(crate) fn carrier(&self) -> Carrier {
+        self.carrier
+    }
+
     /// How the file was mounted; `None` if somebody else did it.
     pub(crate) fn mount_method(&self) -> Option<&'static str> {
         self.shared.mount.get().map(Mount::method)
@@ -794,6 +524,15 @@ impl Drop for Export {
     fn drop(&mut self) {
         if let Err(error) = self.stop(Stop::Lazy) {
             log::warn!("{error}");
+        }
+    }
+}
+
+/// Waits for threads to end, except for the caller's own.
+pub(crate) fn join(threads: Vec<JoinHandle<()>>) {
+    for thread in threads {
+        if thread.thread().id() != thread::current().id() && thread.join().is_err() {
+            log::error!("one of the export's threads panicked");
         }
     }
 }

@@ -23,7 +23,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::error::{Error, Result};
 use crate::protocol::{
-    Agreement, InHeader, NotifyInvalInodeOut, NotifyStoreOut, OPERATION_SIZE, Offer, OutHeader,
+    Agreement, InHeader, InitReply, NotifyInvalInodeOut, NotifyStoreOut, OPERATION_SIZE, Offer, OutHeader,
     ROOT_ID, negotiate, notify, opcode, operation_size,
 };
 use crate::slot::{Reply, Slot};
@@ -66,50 +66,68 @@ pub(crate) fn clone_device(device: BorrowedFd<'_>) -> std::io::Result<OwnedFd> {
     Ok(clone.into())
 }
 
-/// Reads INIT and answers it. Waits for it at most `timeout`.
-pub(crate) fn handshake(
-    device: BorrowedFd<'_>,
-    offer: &Offer,
-    timeout: Duration,
-) -> Result<Agreement> {
-    let deadline = Instant::now() + timeout;
-    let mut buffer = vec![0; 128 << 10];
-    loop {
-        let (header, body) = receive_init(device, &mut buffer, deadline)?;
-        let reply = negotiate(body, offer).map_err(|reason| {
-            let refusal = refuse_init(device, header.unique);
-            if let Err(errno) = refusal {
-                log::debug!("INIT could not be refused: {errno}");
+/// An INIT that has been read and is to be answered. Until that has happened
+/// the kernel keeps everybody else waiting.
+pub(crate) struct Init {
+    unique: u64,
+    body: Vec<u8>,
+}
+
+impl Init {
+    /// Reads it, and finds out what comes of `offer`. Waits at most `timeout`.
+    pub(crate) fn receive(
+        device: BorrowedFd<'_>,
+        offer: &Offer,
+        timeout: Duration,
+    ) -> Result<(Self, Agreement)> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let init = receive_init(device, deadline)?;
+            let reply = negotiate(&init.body, offer).map_err(|reason| {
+                if let Err(errno) = init.refuse(device) {
+                    log::debug!("INIT could not be refused: {errno}");
+                }
+                Error::new(libc::EPROTO, reason)
+            })?;
+            match reply.agreement {
+                Some(agreement) => return Ok((init, agreement)),
+                // It will try again with our version.
+                None => init.reply(device, &reply)?,
             }
-            Error::new(libc::EPROTO, reason)
-        })?;
+        }
+    }
+
+    /// Answers it with `offer`.
+    pub(crate) fn answer(self, device: BorrowedFd<'_>, offer: &Offer) -> Result<()> {
+        let reply = negotiate(&self.body, offer);
+        let reply = reply.map_err(|reason| Error::new(libc::EPROTO, reason))?;
+        self.reply(device, &reply)
+    }
+
+    fn reply(&self, device: BorrowedFd<'_>, reply: &InitReply) -> Result<()> {
         let out = OutHeader {
             len: (size_of::<OutHeader>() + reply.bytes().len()) as u32,
             error: 0,
-            unique: header.unique,
+            unique: self.unique,
         };
         let parts = [IoSlice::new(out.as_bytes()), IoSlice::new(reply.bytes())];
-        writev(device, &parts).map_err(|e| failed("cannot answer INIT", e))?;
-        if let Some(agreement) = reply.agreement {
-            return Ok(agreement);
-        }
+        writev(device, &parts)
+            .map(drop)
+            .map_err(|e| failed("cannot answer INIT", e))
+    }
+
+    fn refuse(&self, device: BorrowedFd<'_>) -> nix::Result<usize> {
+        let out = OutHeader {
+            len: size_of::<OutHeader>() as u32,
+            error: -libc::EPROTO,
+            unique: self.unique,
+        };
+        writev(device, &[IoSlice::new(out.as_bytes())])
     }
 }
 
-fn refuse_init(device: BorrowedFd<'_>, unique: u64) -> nix::Result<usize> {
-    let out = OutHeader {
-        len: size_of::<OutHeader>() as u32,
-        error: -libc::EPROTO,
-        unique,
-    };
-    writev(device, &[IoSlice::new(out.as_bytes())])
-}
-
-fn receive_init<'a>(
-    device: BorrowedFd<'_>,
-    buffer: &'a mut [u8],
-    deadline: Instant,
-) -> Result<(InHeader, &'a [u8])> {
+fn receive_init(device: BorrowedFd<'_>, deadline: Instant) -> Result<Init> {
+    let mut buffer = vec![0; 128 << 10];
     let head = size_of::<InHeader>();
     let len = loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -126,7 +144,7 @@ fn receive_init<'a>(
             Ok(_) => {}
             Err(e) => return Err(failed("cannot wait for INIT", e)),
         }
-        match read(device, &mut *buffer) {
+        match read(device, &mut buffer) {
             Ok(0) => {
                 return Err(Error::new(
                     libc::ENOTCONN,
@@ -140,7 +158,10 @@ fn receive_init<'a>(
     };
     let header = parse_header(&buffer[..len]);
     match header {
-        Some(header) if header.opcode == opcode::INIT => Ok((header, &buffer[head..len])),
+        Some(header) if header.opcode == opcode::INIT => Ok(Init {
+            unique: header.unique,
+            body: buffer[head..len].to_vec(),
+        }),
         _ => Err(Error::new(
             libc::EPROTO,
             "the FUSE descriptor's first message is not INIT; it was served before",
@@ -246,13 +267,16 @@ pub(crate) struct Legacy {
     free: Vec<Box<Slot>>,
     made: usize,
     capacity: usize,
+    /// Whether the epoll set has the device.
+    watches: bool,
 }
 
 const EVENT_DEVICE: u64 = 0;
 const EVENT_WAKEUP: u64 = 1;
 
 impl Legacy {
-    /// `device` is made non-blocking.
+    /// `device` is made non-blocking. It is not watched before requests are
+    /// [wanted](Transport::want_requests).
     pub(crate) fn new(
         device: Arc<OwnedFd>,
         wakeups: Arc<Wakeups>,
@@ -265,22 +289,27 @@ impl Legacy {
             wakeups.descriptor(),
             EpollEvent::new(EpollFlags::EPOLLIN, EVENT_WAKEUP),
         )?;
-        let legacy = Self {
+        Ok(Self {
             device,
             epoll,
             wakeups,
             free: Vec::with_capacity(SLOTS),
             made: 0,
             capacity: max_request.max(MIN_READ_BUFFER),
-        };
-        legacy.watch()?;
-        Ok(legacy)
+            watches: false,
+        })
     }
 
-    fn watch(&self) -> nix::Result<()> {
-        let events = EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE;
-        self.epoll
-            .add(self.device.as_fd(), EpollEvent::new(events, EVENT_DEVICE))
+    /// Its descriptor of /dev/fuse.
+    pub(crate) fn device(&self) -> BorrowedFd<'_> {
+        self.device.as_fd()
+    }
+
+    /// Whether the connection has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(self.device.as_fd(), PollFlags::empty())];
+        let ended = poll(&mut fds, PollTimeout::ZERO);
+        ended.is_ok_and(|n| n > 0)
     }
 
     fn free_slot(&mut self) -> Result<Option<Box<Slot>>> {
@@ -431,12 +460,19 @@ impl Transport for Legacy {
     }
 
     fn want_requests(&mut self, wanted: bool) -> Result<()> {
+        if wanted == self.watches {
+            return Ok(());
+        }
         let result = if wanted {
-            self.watch()
+            let events = EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE;
+            let event = EpollEvent::new(events, EVENT_DEVICE);
+            self.epoll.add(self.device.as_fd(), event)
         } else {
             self.epoll.delete(self.device.as_fd())
         };
-        result.map_err(|e| failed("cannot watch /dev/fuse", e))
+        result.map_err(|e| failed("cannot watch /dev/fuse", e))?;
+        self.watches = wanted;
+        Ok(())
     }
 
     fn wait(&mut self) -> Result<()> {
@@ -451,6 +487,10 @@ impl Transport for Legacy {
             Err(Errno::EINTR) => Ok(()),
             Err(e) => Err(failed("cannot wait for requests", e)),
         }
+    }
+
+    fn fall_back(self: Box<Self>) -> Box<dyn Transport> {
+        self
     }
 }
 

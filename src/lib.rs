@@ -83,9 +83,9 @@ mod region;
 mod request;
 #[cfg(test)]
 mod rig;
-#[expect(dead_code, reason = "used by the io_uring transport")]
 mod ring;
 mod slot;
+mod start;
 mod stats;
 #[cfg_attr(
     not(test),
@@ -94,6 +94,7 @@ mod stats;
 mod system;
 mod task;
 mod transport;
+mod uring;
 mod wakeups;
 
 pub use config::IoUring;

@@ -211,7 +211,7 @@ pub(crate) static PROPERTIES: &[Property] = &[
         key: "transport",
         kind: Kind::Str,
         set: None,
-        get: |view| view.export.map(|_| Value::Str("/dev/fuse".into())),
+        get: |view| Some(Value::Str(view.export?.carrier().name().into())),
     },
     Property {
         key: "protocol",

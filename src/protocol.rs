@@ -74,6 +74,7 @@ pub(crate) mod init_flag {
     pub(crate) const MAX_PAGES: u64 = 1 << 22;
     pub(crate) const INIT_EXT: u64 = 1 << 30;
     pub(crate) const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
+    pub(crate) const OVER_IO_URING: u64 = 1 << 41;
 }
 
 /// Bits of `open_out.open_flags`.
@@ -198,6 +199,8 @@ pub(crate) struct Offer {
     pub(crate) max_background: u16,
     /// Whether an open with O_TRUNC is to empty the file.
     pub(crate) truncates_on_open: bool,
+    /// Whether there are rings for FUSE-over-io_uring.
+    pub(crate) io_uring: bool,
 }
 
 /// What was agreed upon.
@@ -218,6 +221,13 @@ pub(crate) struct InitReply {
     len: usize,
     /// `None`: the kernel will send INIT again, with our major version.
     pub(crate) agreement: Option<Agreement>,
+}
+
+impl Agreement {
+    /// Whether requests are to come through rings.
+    pub(crate) fn io_uring(&self) -> bool {
+        self.flags & init_flag::OVER_IO_URING != 0
+    }
 }
 
 impl InitReply {
@@ -313,7 +323,9 @@ fn wanted_flags(offer: &Offer) -> u64 {
     } else {
         0
     };
+    let rings = if offer.io_uring { OVER_IO_URING } else { 0 };
     truncation
+        | rings
         | ASYNC_READ
         | BIG_WRITES
         | ASYNC_DIO
@@ -333,6 +345,7 @@ mod tests {
         max_request: 1 << 20,
         max_background: 256,
         truncates_on_open: true,
+        io_uring: true,
     };
 
     fn init(major: u32, minor: u32, flags: u64) -> InitIn {
@@ -381,7 +394,8 @@ mod tests {
         let out = InitOut::read_from_bytes(reply.bytes()).unwrap();
         assert_eq!(out.max_pages, 256);
         assert_eq!(out.max_write, 1 << 20);
-        assert_eq!(out.flags2, (init_flag::DIRECT_IO_ALLOW_MMAP >> 32) as u32);
+        let upper = init_flag::DIRECT_IO_ALLOW_MMAP | init_flag::OVER_IO_URING;
+        assert_eq!(out.flags2, (upper >> 32) as u32);
     }
 
     #[test]
@@ -426,7 +440,7 @@ mod tests {
         fn flags_that_the_kernel_does_not_offer_are_never_set(
             minor in OLDEST_MINOR..100, flags: u64, pages in 1u32..=256,
         ) {
-            let offer = Offer { max_request: pages * PAGE, max_background: 64, truncates_on_open: false };
+            let offer = Offer { max_request: pages * PAGE, max_background: 64, truncates_on_open: false, io_uring: true };
             let reply = negotiate(init(7, minor, flags).as_bytes(), &offer).unwrap();
             let out = reply.out;
             prop_assert_eq!(out.flags & !(flags as u32), 0);

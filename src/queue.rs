@@ -46,6 +46,16 @@ pub(crate) struct Queue<T> {
     unfinished: Option<Unfinished>,
 }
 
+impl Queue<Box<dyn Transport>> {
+    /// Goes on with what its transport falls back to.
+    pub(crate) fn fall_back(self) -> Self {
+        let transport = Box::new(self.transport).fall_back();
+        let mut queue = Self { transport, ..self };
+        queue.announce_wants();
+        queue
+    }
+}
+
 impl<T: Transport> Queue<T> {
     /// `tasks`: as many as the transport has slots.
     pub(crate) fn new(
@@ -55,7 +65,7 @@ impl<T: Transport> Queue<T> {
         transport: T,
         tasks: Tasks,
     ) -> Self {
-        Self {
+        let mut queue = Self {
             index,
             unfinished: Some(Unfinished::new(&control)),
             control,
@@ -67,7 +77,9 @@ impl<T: Transport> Queue<T> {
             wants_requests: true,
             in_batch: false,
             ended: false,
-        }
+        };
+        queue.announce_wants();
+        queue
     }
 
     /// Runs what can run and begins at most `budget` requests. Never blocks,
@@ -276,9 +288,13 @@ impl<T: Transport> Queue<T> {
                 // have come to it alone.
                 self.control.kick();
             }
-            if let Err(error) = self.transport.want_requests(wanted) {
-                self.broken(error);
-            }
+            self.announce_wants();
+        }
+    }
+
+    fn announce_wants(&mut self) {
+        if let Err(error) = self.transport.want_requests(self.wants_requests) {
+            self.broken(error);
         }
     }
 }

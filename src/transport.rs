@@ -42,6 +42,33 @@ pub(crate) trait Transport {
     /// wanted) or the queue's wake-up descriptor has been signalled; may return
     /// early.
     fn wait(&mut self) -> Result<(), Error>;
+
+    /// What to go on with if this one cannot; it is to hold no request.
+    fn fall_back(self: Box<Self>) -> Box<dyn Transport>;
+}
+
+impl Transport for Box<dyn Transport> {
+    fn slots(&self) -> usize {
+        (**self).slots()
+    }
+    fn fetch(&mut self) -> Fetched {
+        (**self).fetch()
+    }
+    fn commit(&mut self, slot: Box<Slot>) -> Result<(), Error> {
+        (**self).commit(slot)
+    }
+    fn flush(&mut self) -> Result<(), Error> {
+        (**self).flush()
+    }
+    fn want_requests(&mut self, wanted: bool) -> Result<(), Error> {
+        (**self).want_requests(wanted)
+    }
+    fn wait(&mut self) -> Result<(), Error> {
+        (**self).wait()
+    }
+    fn fall_back(self: Box<Self>) -> Box<dyn Transport> {
+        (*self).fall_back()
+    }
 }
 
 #[cfg(test)]
@@ -170,6 +197,10 @@ pub(crate) mod memory {
 
         fn wait(&mut self) -> Result<(), Error> {
             Ok(())
+        }
+
+        fn fall_back(self: Box<Self>) -> Box<dyn Transport> {
+            self
         }
     }
 }

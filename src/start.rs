@@ -1,0 +1,699 @@
+//! Starting an export: everything that may fail before the file can be used,
+//! in an order in which each failure leaves nothing behind.
+//!
+//! The order matters most for io_uring. From the answer to INIT that promises
+//! rings until every ring is registered, the kernel makes all clients wait,
+//! for ever if need be; and once it sends requests through the rings there is
+//! no way back. So:
+//!
+//! 1. mount, where nobody can see it, and read INIT;
+//! 2. start the queues' threads, each of which makes its ring and its memory;
+//! 3. answer INIT, with the promise only if all of that went well;
+//! 4. have the threads register their entries;
+//! 5. be a client, in a process of its own, and see that its requests come
+//!    through a ring. If they do not, withdraw the promise and fall back to
+//!    /dev/fuse;
+//! 6. attach the mount.
+
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::{Arc, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::sched::sched_getaffinity;
+use nix::sys::signal::SigSet;
+use nix::unistd::Pid;
+
+use crate::config::{Config, IoUring};
+use crate::control::{Control, Latch, Owned, Phase};
+use crate::driver::{BlockDriver, Limits, QueueInfo};
+use crate::error::{Error, Result};
+use crate::export::{Export, Shared, join};
+use crate::file::{File, FilePolicy};
+use crate::legacy::{self, Init, Legacy};
+use crate::mount::{self, Aborter, AllowOther, MountOptions, Mounting};
+use crate::operations::{Device, serve};
+use crate::plan::{Plan, Wish};
+use crate::protocol::{Agreement, Offer};
+use crate::queue::{BUDGET, Progress, Queue};
+use crate::system::System;
+use crate::task::Tasks;
+use crate::transport::Transport;
+use crate::uring::{self, Prepared, Share};
+use crate::wakeups::Wakeups;
+
+/// The least that the kernel is told to keep in flight in the background,
+/// which is what asynchronous clients and readahead do.
+const MIN_BACKGROUND: usize = 256;
+/// How long a descriptor may take to bring INIT.
+const INIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the rings may take to bring a first request.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// By what an export's requests come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Carrier {
+    DevFuse,
+    Rings(Plan),
+}
+
+impl Carrier {
+    /// Its name, as the property "transport" tells it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Carrier::DevFuse => "/dev/fuse",
+            Carrier::Rings(_) => "io_uring",
+        }
+    }
+}
+
+/// Starts an export of `driver`, on `device` if there is one.
+pub(crate) fn start<D: BlockDriver>(
+    driver: D,
+    config: Config,
+    device: Option<OwnedFd>,
+) -> Result<Export> {
+    start_on(&System::new(), driver, config, device)
+}
+
+fn start_on<D: BlockDriver>(
+    system: &System,
+    driver: D,
+    config: Config,
+    device: Option<OwnedFd>,
+) -> Result<Export> {
+    let gone = Arc::new(Latch::default());
+    let driver = Arc::new(Owned::new(driver, gone.clone()));
+    config.check()?;
+    let queues = config.queue_count();
+    let limits = checked_limits(&driver.driver)?;
+    check_features(&driver.driver, &config)?;
+    let control = Control::new(config.name(), driver.clone(), queues);
+    let length = control.driver_length()?;
+
+    let choice = Choice {
+        config: &config,
+        queues,
+    };
+    let mut plan = choice.plan(system)?;
+    let connection = Connection::open(&config, device, plan.as_ref(), queues)?;
+    if plan.is_some() && !connection.agreement.io_uring() {
+        let text = "the kernel does not offer FUSE over io_uring";
+        choice.without_rings(Error::new(libc::EOPNOTSUPP, text))?;
+        plan = None;
+    }
+    let policy = FilePolicy {
+        writable: config.writable,
+        growable: config.growable,
+        others: connection.allows_others(&config),
+        uid: nix::unistd::geteuid().as_raw(),
+        gid: nix::unistd::getegid().as_raw(),
+        block_size: limits.block_size,
+    };
+    if let Some(aborter) = Aborter::new(connection.device.as_fd()) {
+        control.set_aborter(aborter);
+    }
+    let shared = Arc::new(Shared::new(
+        control,
+        File::new(policy, length, queues),
+        connection.agreement,
+        connection.device.clone(),
+        queues,
+    ));
+    let anchored_at = allowed_cpu();
+    let share = plan.map(|plan| Arc::new(Share::new(plan, queues, anchored_at)));
+    let threads = QueueThreads::start(&shared, &driver, share.as_ref(), queues)?;
+    let began = Beginning {
+        choice,
+        threads: &threads,
+        probe_at: anchored_at,
+    }
+    .run(connection, share);
+    let (mounting, carrier) = match began {
+        Ok(began) => began,
+        Err(error) => {
+            threads.end();
+            return Err(error);
+        }
+    };
+    let mount = match mounting.map(Mounting::attach).transpose() {
+        Ok(attached) => attached.map(|(_device, mount)| mount),
+        Err(error) => {
+            threads.end();
+            return Err(error);
+        }
+    };
+    log_start(&shared, queues, carrier);
+    let export = Export::new(shared.clone(), threads.settle(), mount, carrier, gone);
+    shared.control.announce();
+    if shared.control.phase() == Phase::Closed {
+        let name = &shared.control.name;
+        let ended = Error::new(
+            libc::ENOTCONN,
+            format!("{name}: unmounted while it started"),
+        );
+        return Err(export.failure().unwrap_or(ended));
+    }
+    Ok(export)
+}
+
+fn log_start(shared: &Shared, queues: usize, carrier: Carrier) {
+    let depth = match carrier {
+        Carrier::DevFuse => String::new(),
+        Carrier::Rings(plan) => format!(
+            " ({} entries for each of {} CPUs)",
+            plan.depth, plan.kernel_queues
+        ),
+    };
+    log::info!(
+        "{}: {} bytes, {queues} queues over {}{depth}, FUSE 7.{}, requests of up to {} bytes",
+        shared.control.name,
+        shared.file.length(),
+        carrier.name(),
+        shared.agreement.minor,
+        shared.agreement.max_request,
+    );
+}
+
+fn checked_limits(driver: &impl BlockDriver) -> Result<Limits> {
+    let limits = driver.limits();
+    if limits.block_size < 512 || !limits.block_size.is_power_of_two() {
+        let text = format!(
+            "the driver's block size of {} bytes is not a power of two of at least 512",
+            limits.block_size
+        );
+        return Err(Error::new(libc::EINVAL, text));
+    }
+    Ok(limits)
+}
+
+fn check_features(driver: &impl BlockDriver, config: &Config) -> Result<()> {
+    let features = driver.features();
+    if config.writable && !features.write {
+        return Err(Error::new(
+            libc::EROFS,
+            "the driver cannot write; export it read-only",
+        ));
+    }
+    if config.growable && !features.truncate {
+        return Err(Error::new(
+            libc::EOPNOTSUPP,
+            "the driver cannot change its length; export it without \"growable\"",
+        ));
+    }
+    Ok(())
+}
+
+/// What is wished for, and what becomes of the wish.
+#[derive(Clone, Copy)]
+struct Choice<'a> {
+    config: &'a Config,
+    queues: usize,
+}
+
+impl Choice<'_> {
+    /// The rings to make; `None` if there are to be none.
+    fn plan(&self, system: &System) -> Result<Option<Plan>> {
+        if self.config.io_uring == IoUring::Off {
+            return Ok(None);
+        }
+        match self.possible_plan(system) {
+            Ok(plan) => Ok(Some(plan)),
+            Err(why) => self.without_rings(why).map(|()| None),
+        }
+    }
+
+    fn possible_plan(&self, system: &System) -> Result<Plan> {
+        // Loads the module, which knows whether it can.
+        drop(fs::File::open("/dev/fuse"));
+        if let Some(obstacle) = system.obstacle() {
+            return Err(obstacle);
+        }
+        let is_auto = self.config.io_uring == IoUring::Auto;
+        if let Some(doubt) = system.doubt().filter(|_| is_auto) {
+            return Err(Error::new(libc::EOPNOTSUPP, doubt));
+        }
+        if is_auto && self.config.fuse_fd.is_some() {
+            let text = "whether io_uring works cannot be tried on somebody else's mount; \
+                        to use it, set \"io-uring\" to on";
+            return Err(Error::new(libc::EOPNOTSUPP, text));
+        }
+        let kernel_queues = system
+            .possible_cpus()
+            .map_err(|e| Error::from_io("cannot count the CPUs", &e))?;
+        Plan::new(&Wish {
+            kernel_queues,
+            queues: self.queues,
+            depth: self.config.queue_depth,
+            max_request: self.config.max_request,
+            budget: self.config.memory_budget(),
+        })
+    }
+
+    /// There can be no rings: goes on without, unless they were insisted on.
+    fn without_rings(&self, why: Error) -> Result<()> {
+        let name = self.config.name();
+        if self.config.io_uring == IoUring::On {
+            return Err(Error::new(why.errno(), format!("{name}: {why}")));
+        }
+        log::info!("{name}: over /dev/fuse: {why}");
+        Ok(())
+    }
+}
+
+/// The number of a CPU that this process may run on.
+fn allowed_cpu() -> usize {
+    let Ok(allowed) = sched_getaffinity(Pid::from_raw(0)) else {
+        return 0;
+    };
+    let is_allowed = |cpu: &usize| allowed.is_set(*cpu).unwrap_or(false);
+    (0..nix::sched::CpuSet::count()).find(is_allowed).unwrap_or(0)
+}
+
+/// A connection whose INIT was read and is not answered.
+struct Connection {
+    device: Arc<OwnedFd>,
+    /// To be attached; `None` if somebody else did the mounting.
+    mounting: Option<Mounting>,
+    init: Init,
+    offer: Offer,
+    agreement: Agreement,
+}
+
+impl Connection {
+    fn open(
+        config: &Config,
+        fuse_fd: Option<OwnedFd>,
+        plan: Option<&Plan>,
+        queues: usize,
+    ) -> Result<Self> {
+        let max_request = plan.map_or(config.max_request(), |p| p.max_request);
+        let mounting = match (&fuse_fd, &config.mountpoint) {
+            (None, Some(mountpoint)) => Some(mount::prepare(&MountOptions {
+                mountpoint,
+                source: &config.source(),
+                writable: config.writable,
+                allow_other: config.allow_other,
+                max_read: max_request,
+            })?),
+            _ => None,
+        };
+        let device = match (&mounting, fuse_fd) {
+            (Some(mounting), _) => mounting
+                .device()
+                .try_clone_to_owned()
+                .map_err(|e| Error::from_io("cannot duplicate the FUSE descriptor", &e))?,
+            (None, Some(fd)) => fd,
+            (None, None) => unreachable!("checked: a mountpoint or a descriptor"),
+        };
+        let in_flight = match plan {
+            Some(plan) => plan.kernel_queues * plan.depth,
+            None => queues * legacy::SLOTS,
+        };
+        let offer = Offer {
+            max_request,
+            truncates_on_open: config.growable,
+            max_background: in_flight.clamp(MIN_BACKGROUND, u16::MAX.into()) as u16,
+            io_uring: plan.is_some(),
+        };
+        let (init, agreement) = Init::receive(device.as_fd(), &offer, INIT_TIMEOUT)
+            .map_err(|e| Error::new(e.errno(), format!("{}: {e}", config.name())))?;
+        Ok(Self {
+            device: Arc::new(device),
+            mounting,
+            init,
+            offer,
+            agreement,
+        })
+    }
+
+    /// Whether the mount lets others than its owner in. Of a mount that
+    /// somebody else made only its maker knows, and may say so.
+    fn allows_others(&self, config: &Config) -> bool {
+        match &self.mounting {
+            Some(mounting) => mounting.allows_others(),
+            None => config.allow_other == AllowOther::On,
+        }
+    }
+}
+
+/// The queues' threads are there; nobody serves yet.
+struct Beginning<'a> {
+    choice: Choice<'a>,
+    threads: &'a QueueThreads,
+    /// The CPU to be a client on.
+    probe_at: usize,
+}
+
+impl Beginning<'_> {
+    /// Answers INIT and has the queues serve, through the rings of `share` if
+    /// that can be.
+    fn run(
+        &self,
+        connection: Connection,
+        share: Option<Arc<Share>>,
+    ) -> Result<(Option<Mounting>, Carrier)> {
+        let Connection {
+            device,
+            mounting,
+            init,
+            mut offer,
+            ..
+        } = connection;
+        let mut share = share;
+        if let Some(why) = self.threads.outcome()? {
+            self.choice.without_rings(why)?;
+            share = None;
+        }
+        offer.io_uring = share.is_some();
+        init.answer(device.as_fd(), &offer)?;
+        let Some(share) = share else {
+            self.threads.order(Order::Serve);
+            self.threads.outcome()?;
+            return Ok((mounting, Carrier::DevFuse));
+        };
+        self.threads.order(Order::Register);
+        let trouble = match self.threads.outcome()? {
+            None => self.try_rings(mounting.as_ref(), &share),
+            refused => refused,
+        };
+        let Some(why) = trouble else {
+            return Ok((mounting, Carrier::Rings(share.plan())));
+        };
+        self.fall_back(&device, &share)?;
+        self.choice.without_rings(why)?;
+        Ok((mounting, Carrier::DevFuse))
+    }
+
+    /// Is a client of the connection. Why its requests do not come through the
+    /// rings, if they do not.
+    fn try_rings(&self, mounting: Option<&Mounting>, share: &Share) -> Option<Error> {
+        let mut probe = match mounting?.probe(Some(self.probe_at)) {
+            Ok(probe) => probe,
+            // Each entry was taken, so there is no reason why it should fail.
+            Err(why) if self.choice.config.io_uring == IoUring::On => {
+                log::info!("io_uring was not tried: {why}");
+                return None;
+            }
+            Err(why) => return Some(why),
+        };
+        let outcome = probe.wait(PROBE_TIMEOUT);
+        if share.has_switched() {
+            return None;
+        }
+        let text = format!("the kernel does not send requests through the rings ({outcome})");
+        Some(Error::new(libc::ETIMEDOUT, text))
+    }
+
+    /// Has the kernel and the queues return to /dev/fuse.
+    fn fall_back(&self, device: &OwnedFd, share: &Share) -> Result<()> {
+        uring::give_up(device.as_fd())
+            .map_err(|e| Error::from_io("cannot return to /dev/fuse", &e))?;
+        // What has switched does not go back.
+        if share.has_switched() {
+            let text = "only some of the rings could be registered";
+            return Err(Error::new(libc::EIO, text));
+        }
+        self.threads.order(Order::FallBack);
+        Ok(())
+    }
+}
+
+/// What a queue's thread is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Order {
+    /// Serve /dev/fuse.
+    Serve,
+    /// Register the ring's entries, and serve it.
+    Register,
+    /// Serve /dev/fuse after all.
+    FallBack,
+}
+
+/// What it says: that it cannot go on; that it goes on without its ring; or
+/// that all is well.
+type Report = Result<Option<Error>>;
+
+/// One queue's thread, as who starts it sees it.
+struct QueueThread {
+    orders: mpsc::Sender<Order>,
+    reports: mpsc::Receiver<Report>,
+    thread: JoinHandle<()>,
+}
+
+/// The threads of all queues.
+struct QueueThreads {
+    shared: Arc<Shared>,
+    threads: Vec<QueueThread>,
+}
+
+impl QueueThreads {
+    /// Starts them, each with a ring if there is a `share`; they report when
+    /// they have what they need. If one cannot be started, none is left.
+    fn start<D: BlockDriver>(
+        shared: &Arc<Shared>,
+        driver: &Arc<Owned<D>>,
+        share: Option<&Arc<Share>>,
+        queues: usize,
+    ) -> Result<Self> {
+        let slots = share.map_or(legacy::SLOTS, |share| share.slots());
+        let wakeups = (0..queues)
+            .map(|_| Wakeups::new(slots).map(Arc::new))
+            .collect::<nix::Result<Box<[_]>>>()
+            .map_err(|e| Error::from_io("cannot make an eventfd", &e.into()))?;
+        shared.control.set_queues(wakeups.clone());
+        let mut threads = Self {
+            shared: shared.clone(),
+            threads: Vec::with_capacity(queues),
+        };
+        for (index, wakeups) in wakeups.iter().enumerate() {
+            let starter = QueueStarter {
+                shared: shared.clone(),
+                driver: driver.clone(),
+                index,
+                wakeups: wakeups.clone(),
+                share: share.cloned(),
+                slots,
+            };
+            if let Err(e) = threads.spawn(starter) {
+                threads.end();
+                return Err(Error::from_io("cannot start a queue's thread", &e));
+            }
+        }
+        Ok(threads)
+    }
+
+    fn spawn<D: BlockDriver>(&mut self, starter: QueueStarter<D>) -> std::io::Result<()> {
+        let (orders, take_orders) = mpsc::channel();
+        let (report, reports) = mpsc::channel();
+        let thread = thread::Builder::new()
+            .name(format!("blkfuse-{}", starter.index))
+            .spawn(move || starter.run(&report, take_orders))?;
+        self.threads.push(QueueThread {
+            orders,
+            reports,
+            thread,
+        });
+        Ok(())
+    }
+
+    /// What all of them report next.
+    fn outcome(&self) -> Report {
+        let died = || Error::new(libc::ENOTRECOVERABLE, "a queue's thread panicked");
+        let mut lack = None;
+        let mut failure = None;
+        for thread in &self.threads {
+            match thread.reports.recv().unwrap_or_else(|_| Err(died())) {
+                Ok(reason) => lack = lack.or(reason),
+                Err(error) => failure = failure.or(Some(error)),
+            }
+        }
+        failure.map_or(Ok(lack), Err)
+    }
+
+    fn order(&self, order: Order) {
+        for thread in &self.threads {
+            // One that has ended needs none.
+            let _ = thread.orders.send(order);
+        }
+        self.shared.control.kick();
+    }
+
+    /// They go on as they are.
+    fn settle(self) -> Vec<JoinHandle<()>> {
+        self.threads.into_iter().map(|t| t.thread).collect()
+    }
+
+    /// Undoes the start of a connection that nobody uses.
+    fn end(self) {
+        self.shared.control.advance(Phase::Closed);
+        // Without orders to come, those that wait for one end.
+        join(self.settle());
+    }
+}
+
+/// What a queue's thread begins with.
+struct QueueStarter<D> {
+    shared: Arc<Shared>,
+    driver: Arc<Owned<D>>,
+    index: usize,
+    wakeups: Arc<Wakeups>,
+    share: Option<Arc<Share>>,
+    /// How many requests the queue may have in flight.
+    slots: usize,
+}
+
+/// What a queue's thread has made before it is told how to serve.
+struct Opened {
+    legacy: Legacy,
+    ring: Option<Prepared>,
+    /// Why there is no ring though there should be one.
+    lack: Option<Error>,
+    /// The driver knows of the queue.
+    _started: StartedQueue,
+}
+
+/// A queue whose start the driver has agreed to, and of whose end it is told.
+struct StartedQueue {
+    control: Arc<Control>,
+    index: usize,
+}
+
+impl Drop for StartedQueue {
+    fn drop(&mut self) {
+        self.control.hook(|h| h.queue_stop(self.index));
+    }
+}
+
+/// The end of a queue's thread, however it comes.
+struct EndOfThread(Arc<Shared>);
+
+impl Drop for EndOfThread {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let text = "a queue's thread panicked";
+            self.0.control.halt(Error::new(libc::ENOTRECOVERABLE, text));
+        }
+        self.0.thread_ended();
+    }
+}
+
+impl<D: BlockDriver> QueueStarter<D> {
+    /// The thread of one queue.
+    fn run(self, report: &mpsc::Sender<Report>, orders: mpsc::Receiver<Order>) {
+        // The program's signals are for the program's own threads.
+        if let Err(errno) = SigSet::all().thread_block() {
+            log::warn!("a queue's thread cannot block signals: {errno}");
+        }
+        let _end = EndOfThread(self.shared.clone());
+        let control = self.shared.control.clone();
+        // All of this thread's calls of the driver are callbacks, not only
+        // those in a dispatch.
+        let _marked = control.dispatching();
+        // Whoever started the thread waits for its reports.
+        let mut opened = match self.open() {
+            Ok(opened) => opened,
+            Err(error) => return drop(report.send(Err(error))),
+        };
+        let _ = report.send(Ok(opened.lack.take()));
+        let Ok(order) = orders.recv() else { return };
+        let (transport, refused) = self.transport(opened.legacy, opened.ring, order);
+        let queue = self.queue(transport);
+        let _ = report.send(Ok(refused));
+        serve_queue(queue, orders);
+    }
+
+    /// Makes what may fail.
+    fn open(&self) -> Result<Opened> {
+        let device = self.shared.queue_device()?;
+        let max_request = self.shared.agreement.max_request as usize;
+        let legacy = Legacy::new(device, self.wakeups.clone(), max_request)
+            .map_err(|e| Error::from_io("cannot watch /dev/fuse", &e.into()))?;
+        let prepared = self.share.as_ref().map(|share| {
+            Prepared::new(share.clone(), self.index)
+                .map_err(|e| Error::from_io("cannot make an io_uring", &e))
+        });
+        let (ring, lack) = match prepared {
+            Some(Err(error)) => (None, Some(error)),
+            Some(Ok(ring)) => (Some(ring), None),
+            None => (None, None),
+        };
+        Ok(Opened {
+            legacy,
+            ring,
+            lack,
+            _started: self.tell_driver()?,
+        })
+    }
+
+    fn tell_driver(&self) -> Result<StartedQueue> {
+        let info = QueueInfo {
+            index: self.index,
+            slots: self.slots,
+        };
+        let mut started = Err(Error::new(
+            libc::ENOTRECOVERABLE,
+            "the driver panicked while it started a queue",
+        ));
+        self.shared.control.hook(|h| {
+            started = h
+                .queue_start(info)
+                .map_err(|e| Error::from_io("the driver cannot start a queue", &e));
+        });
+        started.map(|()| StartedQueue {
+            control: self.shared.control.clone(),
+            index: self.index,
+        })
+    }
+
+    /// The transport to serve, and why it is not the ring that it should be.
+    fn transport(
+        &self,
+        legacy: Legacy,
+        ring: Option<Prepared>,
+        order: Order,
+    ) -> (Box<dyn Transport>, Option<Error>) {
+        match ring.filter(|_| order == Order::Register) {
+            None => (Box::new(legacy), None),
+            // One is enough for what little still comes by /dev/fuse.
+            Some(ring) => match ring.register(legacy, self.wakeups.clone(), self.index == 0) {
+                Ok(uring) => (Box::new(uring), None),
+                Err((error, legacy)) => (Box::new(legacy), Some(error)),
+            },
+        }
+    }
+
+    fn queue(self, transport: Box<dyn Transport>) -> Queue<Box<dyn Transport>> {
+        let device = Rc::new(Device {
+            driver: self.driver,
+            file: self.shared.file.clone(),
+            stats: self.shared.stats.clone(),
+            queue: self.index,
+        });
+        let tasks = Tasks::new(self.wakeups.clone(), move |task, mailbox| {
+            serve(device.clone(), task, mailbox)
+        });
+        let control = self.shared.control.clone();
+        Queue::new(self.index, control, self.wakeups, transport, tasks)
+    }
+}
+
+/// Serves until the export's end; `orders` may change how, until nobody gives
+/// any more.
+fn serve_queue(mut queue: Queue<Box<dyn Transport>>, orders: mpsc::Receiver<Order>) {
+    let mut orders = Some(orders);
+    loop {
+        match orders.as_ref().map(mpsc::Receiver::try_recv) {
+            Some(Ok(Order::FallBack)) => queue = queue.fall_back(),
+            Some(Err(mpsc::TryRecvError::Disconnected)) => orders = None,
+            _ => {}
+        }
+        match queue.dispatch(BUDGET) {
+            Progress::More => {}
+            Progress::Idle => queue.wait(),
+            Progress::Finished => break,
+        }
+    }
+}

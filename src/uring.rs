@@ -1,0 +1,530 @@
+//! The transport over FUSE-over-io_uring: entries that wait in the kernel come
+//! back with a request in their memory, and go again with its reply. Protocol:
+//! the kernel's `Documentation/filesystems/fuse/fuse-io-uring.rst` and
+//! `fs/fuse/dev_uring.c`.
+//!
+//! **Entries.** An entry belongs to one of the kernel's queues, of which there
+//! is one for each possible CPU: a request goes to the queue of the CPU that
+//! its client runs on, and waits there if the queue has no entry. An entry is
+//! a slot, and at any moment either the kernel has it (it is in `in_kernel`)
+//! or we do. Answering is the only way to give it back, and an answered entry
+//! waits for its next request in the ring that it was answered through.
+//!
+//! **Memory.** The kernel uses an entry's memory only inside `io_uring_enter`
+//! of the thread whose ring has it: it copies requests in in that thread's
+//! task work, and replies out when the answer is submitted. So once a queue's
+//! thread enters its ring no more, the memory may go.
+//!
+//! **The end.** If a ring is closed, or its thread exits, the kernel cancels
+//! the entries that wait in it. If no entry is left, `fuse_uring_abort` does
+//! nothing, and whoever waits for an entry waits for ever, beyond the help of
+//! umount -f. Hence two rules. In an orderly end the connection is aborted
+//! before any ring is closed (control.rs). And against an end without order
+//! there is the *anchor*: one entry that we keep for as long as the connection
+//! lives, in that its request is never answered. It is a RELEASE, which
+//! nobody waits for.
+//!
+//! **/dev/fuse** goes on beside it: FORGET, INTERRUPT, and what was asked
+//! before the kernel switched come by it. The first queue reads it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use parking_lot::Mutex;
+use slab::Slab;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::error::{Error, Result};
+use crate::legacy::{self, Legacy};
+use crate::plan::Plan;
+use crate::protocol::{InHeader, OPERATION_SIZE, OutHeader, opcode};
+use crate::region::{self, Piece};
+use crate::ring::{COMMAND_BODY, Command, Completion, Ring};
+use crate::slot::{FRONT, Reply, RingOrigin, Slot};
+use crate::transport::{Fetched, Transport};
+use crate::wakeups::Wakeups;
+
+/// `enum fuse_uring_cmd`.
+const REGISTER: u32 = 1;
+const COMMIT_AND_FETCH: u32 = 2;
+
+/// `struct fuse_uring_req_header`.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+struct EntryHeader {
+    in_out: [u8; 128],
+    operation: [u8; OPERATION_SIZE],
+    flags: u64,
+    commit_id: u64,
+    payload_len: u32,
+    padding: u32,
+    reserved: u64,
+}
+
+/// `struct fuse_uring_cmd_req`, which lies in the ring's entry.
+#[derive(FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+struct CommandRequest {
+    flags: u64,
+    commit_id: u64,
+    kernel_queue: u16,
+    padding: [u8; 6],
+}
+
+/// What a completion is about: the low bits of its mark.
+mod mark {
+    pub(super) const BITS: u32 = 2;
+    /// An entry; the rest is its key.
+    pub(super) const ENTRY: u64 = 0;
+    /// Somebody wakes the queue.
+    pub(super) const WAKE: u64 = 1;
+    /// /dev/fuse has something.
+    pub(super) const DEVICE: u64 = 2;
+}
+
+/// What the queues of one export share.
+#[derive(Debug)]
+pub(crate) struct Share {
+    plan: Plan,
+    /// The kernel queue with the entry that becomes the anchor.
+    anchored_at: usize,
+    queues: usize,
+    /// A request has come through a ring: the kernel has switched, for good.
+    switched: AtomicBool,
+    anchor: Anchor,
+}
+
+/// The entry that is never given back while the connection lives.
+#[derive(Debug)]
+struct Anchor {
+    /// One is still to be had.
+    wanted: AtomicBool,
+    slot: Mutex<Option<Box<Slot>>>,
+}
+
+impl Share {
+    /// `anchored_at`: the kernel queue that a RELEASE is sure to come by.
+    pub(crate) fn new(plan: Plan, queues: usize, anchored_at: usize) -> Self {
+        Self {
+            plan,
+            anchored_at,
+            queues,
+            switched: AtomicBool::new(false),
+            anchor: Anchor {
+                wanted: AtomicBool::new(true),
+                slot: Mutex::new(None),
+            },
+        }
+    }
+
+    pub(crate) fn plan(&self) -> Plan {
+        self.plan
+    }
+
+    /// Whether the kernel sends its requests through the rings.
+    pub(crate) fn has_switched(&self) -> bool {
+        self.switched.load(Relaxed)
+    }
+
+    /// How many entries a kernel's queue has. One has another one, for the
+    /// anchor.
+    fn depth(&self, kernel_queue: usize) -> usize {
+        self.plan.depth + usize::from(kernel_queue == self.anchored_at)
+    }
+
+    /// The kernel's queues of the entries that `queue` registers; those of one
+    /// kernel queue are spread over all queues.
+    fn entries_of(&self, queue: usize) -> impl Iterator<Item = u16> {
+        let kernel_queues = self.plan.kernel_queues;
+        // CPU 0's come last: with them the last queue becomes ready, and until
+        // then the kernel does not switch.
+        (0..kernel_queues).rev().flat_map(move |kernel_queue| {
+            (0..self.depth(kernel_queue))
+                .filter(move |n| (kernel_queue + n) % self.queues == queue)
+                .map(move |_| kernel_queue as u16)
+        })
+    }
+
+    /// How many requests a queue may have in flight: all of them.
+    pub(crate) fn slots(&self) -> usize {
+        self.plan.kernel_queues * self.plan.depth + 1 + legacy::SLOTS
+    }
+}
+
+impl Anchor {
+    /// Keeps the entry of an answered RELEASE if one is wanted.
+    fn keep(&self, slot: Box<Slot>) -> Option<Box<Slot>> {
+        if slot.header.opcode != opcode::RELEASE || !self.wanted.swap(false, Relaxed) {
+            return Some(slot);
+        }
+        *self.slot.lock() = Some(slot);
+        None
+    }
+}
+
+/// A ring and the memory of its entries: all that can fail before the kernel
+/// is told that there will be rings.
+pub(crate) struct Prepared {
+    ring: Ring,
+    slots: Vec<Box<Slot>>,
+    share: Arc<Share>,
+}
+
+impl Prepared {
+    /// For the calling thread, which is to serve `queue`.
+    pub(crate) fn new(share: Arc<Share>, queue: usize) -> io::Result<Self> {
+        let entries: Vec<_> = share.entries_of(queue).collect();
+        let memory = region::pieces(
+            FRONT + share.plan.max_request as usize,
+            entries.len(),
+            true,
+        )?;
+        let slot = |(memory, kernel_queue): (Piece, u16)| {
+            let mut slot = Box::new(Slot::within(memory));
+            slot.ring = Some(RingOrigin {
+                kernel_queue,
+                commit_id: 0,
+            });
+            slot
+        };
+        Ok(Self {
+            // All entries of all queues may come to be answered by this one.
+            ring: Ring::new(share.slots())?,
+            slots: memory.into_iter().zip(entries).map(slot).collect(),
+            share,
+        })
+    }
+
+    /// Registers the entries. `legacy` serves what comes by /dev/fuse; if this
+    /// fails it is given back, to serve everything.
+    pub(crate) fn register(
+        self,
+        legacy: Legacy,
+        wakeups: Arc<Wakeups>,
+        reads_device: bool,
+    ) -> std::result::Result<Uring, (Error, Legacy)> {
+        let mut uring = Uring {
+            ring: self.ring,
+            legacy,
+            in_kernel: Slab::with_capacity(self.slots.len()),
+            arrived: VecDeque::new(),
+            share: self.share,
+            wakeups,
+            reads_device,
+            device_is_ready: false,
+            gone: false,
+        };
+        match uring.register(self.slots) {
+            Ok(()) => Ok(uring),
+            Err(error) => Err((error, uring.legacy)),
+        }
+    }
+}
+
+/// One queue's ring.
+pub(crate) struct Uring {
+    // Dropped, and so closed, before the memory of its entries.
+    ring: Ring,
+    /// The entries that the kernel has through this ring, by their keys.
+    in_kernel: Slab<Box<Slot>>,
+    /// The requests that have come and were not fetched yet.
+    arrived: VecDeque<Box<Slot>>,
+    legacy: Legacy,
+    share: Arc<Share>,
+    wakeups: Arc<Wakeups>,
+    reads_device: bool,
+    device_is_ready: bool,
+    /// The connection has ended.
+    gone: bool,
+}
+
+impl Uring {
+    fn register(&mut self, slots: Vec<Box<Slot>>) -> Result<()> {
+        let result = self.register_all(slots);
+        result.map_err(|e| Error::new(e.errno(), format!("cannot register with FUSE: {e}")))
+    }
+
+    fn register_all(&mut self, mut slots: Vec<Box<Slot>>) -> Result<()> {
+        self.watch(mark::WAKE)?;
+        if self.reads_device {
+            self.watch(mark::DEVICE)?;
+        }
+        let areas: Vec<_> = slots.iter_mut().map(|slot| areas(slot)).collect();
+        for (slot, areas) in slots.into_iter().zip(&areas) {
+            let key = self.in_kernel.insert(slot);
+            self.push(REGISTER, key, areas.as_ptr() as u64, areas.len() as u32)?;
+        }
+        // The kernel has read the areas after this.
+        self.ring.submit().map_err(|e| failed("submit", &e))?;
+        self.reap()?;
+        if self.gone {
+            return Err(Error::new(libc::ENOTCONN, "the connection has ended"));
+        }
+        Ok(())
+    }
+
+    fn watch(&mut self, what: u64) -> Result<()> {
+        let watched = match what {
+            mark::WAKE => self
+                .ring
+                .push_poll(self.wakeups.descriptor().as_raw_fd(), true, what),
+            _ => self
+                .ring
+                .push_poll(self.legacy.device().as_raw_fd(), false, what),
+        };
+        watched.map_err(|e| failed("cannot watch a descriptor", &e))
+    }
+
+    /// Queues a command about the entry `key`, which the kernel then has.
+    fn push(&mut self, code: u32, key: usize, addr: u64, len: u32) -> Result<()> {
+        let ring = self.in_kernel[key].ring.expect("an entry is a ring's slot");
+        let request = CommandRequest {
+            flags: 0,
+            commit_id: ring.commit_id,
+            kernel_queue: ring.kernel_queue,
+            padding: [0; 6],
+        };
+        let mut body = [0; COMMAND_BODY];
+        body[..size_of::<CommandRequest>()].copy_from_slice(request.as_bytes());
+        let command = Command {
+            file: self.legacy.device(),
+            code,
+            addr,
+            len,
+            body,
+        };
+        let mark = (key as u64) << mark::BITS | mark::ENTRY;
+        // SAFETY: the memory that was registered for the entry is that of the
+        // slot in `in_kernel`, which nobody touches until the completion takes
+        // it out, or until the ring has been dropped. What `addr` points to is
+        // only read when the command is submitted; `register_all` keeps it
+        // until then. The device is open as long as `legacy` is.
+        unsafe { self.ring.push_command(&command, mark) }.map_err(|e| failed("submit", &e))
+    }
+
+    /// Looks at everything that has arrived; makes no system call, unless
+    /// something is amiss.
+    fn reap(&mut self) -> Result<()> {
+        while let Some(completion) = self.ring.next() {
+            self.completed(completion)?;
+        }
+        Ok(())
+    }
+
+    fn completed(&mut self, completion: Completion) -> Result<()> {
+        match completion.mark & ((1 << mark::BITS) - 1) {
+            mark::WAKE if !completion.more => self.watch(mark::WAKE),
+            mark::WAKE => Ok(()),
+            mark::DEVICE => {
+                self.device_is_ready = true;
+                Ok(())
+            }
+            _ => self.entry_completed((completion.mark >> mark::BITS) as usize, completion.result),
+        }
+    }
+
+    fn entry_completed(&mut self, key: usize, result: i32) -> Result<()> {
+        match -result {
+            0 => {
+                let mut slot = self.in_kernel.remove(key);
+                self.share.note_switch();
+                if !receive(&mut slot) {
+                    self.distrusted(slot);
+                    return Err(Error::new(libc::EPROTO, "a FUSE entry makes no sense"));
+                }
+                self.arrived.push_back(slot);
+                Ok(())
+            }
+            // The kernel did not look at it.
+            libc::EAGAIN | libc::EINTR if self.is_answer(key) => {
+                self.push(COMMIT_AND_FETCH, key, 0, 0)
+            }
+            errno => {
+                self.in_kernel.remove(key);
+                let ended = matches!(
+                    errno,
+                    libc::ENOTCONN | libc::ECONNABORTED | libc::ECANCELED
+                );
+                // An answer to a request that the connection's end has ended.
+                if ended || (errno == libc::ENOENT && self.legacy.has_ended()) {
+                    self.gone = true;
+                    return Ok(());
+                }
+                let error = io::Error::from_raw_os_error(errno);
+                Err(failed("the kernel refused an entry", &error))
+            }
+        }
+    }
+
+    /// Whether the kernel was told an answer with the entry, not registered it.
+    fn is_answer(&self, key: usize) -> bool {
+        self.in_kernel[key].ring.is_some_and(|r| r.commit_id != 0)
+    }
+
+    /// Answers what makes no sense, so that nobody waits for it.
+    fn distrusted(&mut self, mut slot: Box<Slot>) {
+        slot.reply = Reply::Error(libc::EIO);
+        if let Err(error) = self.answer(slot) {
+            log::debug!("{error}");
+        }
+    }
+
+    /// Puts the reply where the kernel looks for it, and queues its command.
+    fn answer(&mut self, mut slot: Box<Slot>) -> Result<()> {
+        let (errno, len) = match slot.reply {
+            Reply::Nothing => (0, 0),
+            Reply::Error(errno) => (errno, 0),
+            Reply::Payload(len) => (0, len),
+        };
+        let out = OutHeader {
+            len: (size_of::<OutHeader>() + len) as u32,
+            error: -errno,
+            unique: slot.header.unique,
+        };
+        let front = slot.front_mut();
+        front[..size_of::<OutHeader>()].copy_from_slice(out.as_bytes());
+        let at = std::mem::offset_of!(EntryHeader, payload_len);
+        front[at..at + 4].copy_from_slice((len as u32).as_bytes());
+        let key = self.in_kernel.insert(slot);
+        self.push(COMMIT_AND_FETCH, key, 0, 0)
+    }
+}
+
+impl Share {
+    fn note_switch(&self) {
+        if !self.switched.load(Relaxed) {
+            self.switched.store(true, Relaxed);
+        }
+    }
+}
+
+/// Takes apart what the kernel has put into an entry's memory. False if that
+/// cannot be.
+fn receive(slot: &mut Slot) -> bool {
+    let front = &slot.front_mut()[..size_of::<EntryHeader>()];
+    let Ok(entry) = EntryHeader::read_from_bytes(front) else {
+        return false;
+    };
+    let Ok((header, _)) = InHeader::read_from_prefix(&entry.in_out) else {
+        return false;
+    };
+    slot.header = header;
+    slot.operation = entry.operation;
+    if let Some(ring) = &mut slot.ring {
+        ring.commit_id = entry.commit_id;
+    }
+    let len = entry.payload_len as usize;
+    if len > slot.capacity() {
+        return false;
+    }
+    slot.arrived(len, len);
+    true
+}
+
+/// An entry's memory, as the kernel is told of it.
+fn areas(slot: &mut Slot) -> [libc::iovec; 2] {
+    let area = |bytes: &mut [u8]| libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: bytes.len(),
+    };
+    let header = area(&mut slot.front_mut()[..size_of::<EntryHeader>()]);
+    [header, area(slot.payload_mut())]
+}
+
+fn failed(what: &str, error: &io::Error) -> Error {
+    Error::from_io(format_args!("io_uring: {what}"), error)
+}
+
+/// Has the kernel give up a ring that it was promised and that does not become
+/// ready: after a registration that it must refuse, it stays with /dev/fuse.
+pub(crate) fn give_up(device: BorrowedFd<'_>) -> io::Result<()> {
+    let mut ring = Ring::new(1)?;
+    let command = Command {
+        file: device,
+        code: REGISTER,
+        addr: 0,
+        // There must be two areas.
+        len: 0,
+        body: [0; COMMAND_BODY],
+    };
+    // SAFETY: the command speaks of no memory, and the device is borrowed
+    // until the kernel has been entered.
+    unsafe { ring.push_command(&command, 0) }?;
+    ring.submit()?;
+    match ring.next() {
+        Some(refused) if refused.result < 0 => Ok(()),
+        _ => Err(io::Error::other("the kernel did not refuse it")),
+    }
+}
+
+impl Transport for Uring {
+    fn slots(&self) -> usize {
+        self.share.slots()
+    }
+
+    fn fetch(&mut self) -> Fetched {
+        if let Some(slot) = self.arrived.pop_front() {
+            return Fetched::Request(slot);
+        }
+        if let Err(error) = self.reap() {
+            return Fetched::Broken(error);
+        }
+        if let Some(slot) = self.arrived.pop_front() {
+            return Fetched::Request(slot);
+        }
+        if self.device_is_ready {
+            match self.legacy.fetch() {
+                Fetched::Nothing => {
+                    self.device_is_ready = false;
+                    if let Err(error) = self.watch(mark::DEVICE) {
+                        return Fetched::Broken(error);
+                    }
+                }
+                other => return other,
+            }
+        }
+        if self.gone {
+            Fetched::Gone
+        } else {
+            Fetched::Nothing
+        }
+    }
+
+    fn commit(&mut self, slot: Box<Slot>) -> Result<()> {
+        if slot.ring.is_none() {
+            return self.legacy.commit(slot);
+        }
+        if self.gone {
+            return Ok(());
+        }
+        match self.share.anchor.keep(slot) {
+            Some(slot) => self.answer(slot),
+            None => Ok(()),
+        }
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        if self.ring.is_unsubmitted() {
+            self.ring.submit().map_err(|e| failed("submit", &e))?;
+        }
+        Ok(())
+    }
+
+    fn want_requests(&mut self, _: bool) -> Result<()> {
+        // Those that come while they are not wanted are kept in `arrived`, and
+        // an entry comes only once. /dev/fuse is not watched while it is ready.
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        self.ring.wait().map_err(|e| failed("wait", &e))?;
+        self.reap()
+    }
+
+    fn fall_back(self: Box<Self>) -> Box<dyn Transport> {
+        Box::new(self.legacy)
+    }
+}
