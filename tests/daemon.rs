@@ -364,6 +364,10 @@ fn usage_errors_have_a_status_of_their_own() {
         args!["--frobnicate", image, at],
         args!["--threads", "0", image, at],
         args!["--threads", "many", image, at],
+        args!["--io-uring", "perhaps", image, at],
+        args!["--queue-depth", "0", image, at],
+        args!["--max-request", "65537", image, at],
+        args!["--memory-budget", "much", image, at],
         args!["--cache", "maybe", image, at],
         args!["--discard", "perhaps", image, at],
         args!["--allow-other", "some", image, at],
@@ -379,6 +383,10 @@ fn usage_errors_have_a_status_of_their_own() {
     let help = run(blkfused().get_program(), args!["--help"]);
     for option in [
         "--growable",
+        "--io-uring",
+        "--queue-depth",
+        "--max-request",
+        "--memory-budget",
         "--cache",
         "--discard",
         "--export",
@@ -390,6 +398,36 @@ fn usage_errors_have_a_status_of_their_own() {
     assert_eq!(
         version,
         concat!("blkfused ", env!("CARGO_PKG_VERSION"), "\n")
+    );
+}
+
+#[test]
+fn a_size_that_does_not_fit_is_refused_with_the_reason() {
+    let Some(s) = scratch() else { return };
+    let at = s.mountpoint("disk");
+    for (option, text, reason) in [
+        ("--max-request", "2M", "not a multiple of 4K from 64K to 1M"),
+        ("--max-request", "64KB", "not a size; write a number"),
+        ("--memory-budget", "9E", "too large; the largest size"),
+    ] {
+        let (code, said) = failure(args![option, text, "null:1M", at]);
+        assert_eq!(code, 2, "{said}");
+        assert!(said.contains(option) && said.contains(reason), "{said}");
+    }
+}
+
+#[test]
+fn the_largest_request_is_what_it_is_told() {
+    let Some(s) = scratch() else { return };
+    let at = s.mountpoint("disk");
+    let daemon = Daemon::start(args!["--max-request", "128K", "null:1M", at]);
+    let line = common::mount_line(&at).unwrap();
+    assert!(line.ends_with(",max_read=131072"), "{line}");
+    assert_same(&fs::read(&at).unwrap(), &vec![0; 1 << 20]);
+    let end = daemon.stop();
+    assert!(
+        end.stderr.contains("requests of up to 131072 bytes"),
+        "{end:?}"
     );
 }
 

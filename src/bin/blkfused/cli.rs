@@ -4,13 +4,14 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
-use blkfuse::AllowOther;
+use blkfuse::{AllowOther, BlockDriver, Builder, IoUring};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, ValueEnum};
 use log::LevelFilter;
 
 use crate::failure::{Failure, Result};
 use crate::image::{self, Cache, Source};
+use crate::size;
 
 /// Shows disk images as regular files, through FUSE.
 ///
@@ -68,6 +69,27 @@ struct Arguments {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
 
+    /// Whether requests come through FUSE-over-io_uring, which is faster than /dev/fuse; auto means
+    /// if the system has it, without known defects
+    #[arg(long, value_name = "WHETHER", value_enum, default_value = "auto")]
+    io_uring: Whether,
+
+    /// Number of requests of each CPU that can be in hand at once over io_uring, up to 1024
+    /// [default: at most 64, as --memory-budget allows]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    queue_depth: Option<u16>,
+
+    /// Largest read and write at once, a multiple of 4K from 64K to 1M [default: 1M, or over io_uring
+    /// what --memory-budget allows]
+    #[arg(long, value_name = "SIZE", value_parser = request_size)]
+    max_request: Option<u32>,
+
+    /// How much memory io_uring's buffers may take for each export: CPUs (all that the kernel could
+    /// have) × queue depth × (4K + largest request). To fit, the depth is lowered before the size
+    /// [default: 256M]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    memory_budget: Option<u64>,
+
     /// Whether the image's data goes through the page cache [default: none where the image's file
     /// system supports it, otherwise writeback]
     #[arg(long, value_name = "MODE", value_enum)]
@@ -101,6 +123,15 @@ enum Whether {
     Auto,
 }
 
+/// Reads --max-request. The error is a reason that fits behind the text.
+fn request_size(text: &str) -> std::result::Result<u32, String> {
+    let bytes = size::parse(text)?;
+    match u32::try_from(bytes) {
+        Ok(size) if (64 << 10..=1 << 20).contains(&size) && size.is_multiple_of(4096) => Ok(size),
+        _ => Err("not a multiple of 4K from 64K to 1M".into()),
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum OnOff {
     On,
@@ -113,9 +144,38 @@ pub struct Config {
     pub exports: Vec<Pair>,
     pub options: image::Options,
     pub allow_other: AllowOther,
-    /// 0: as many as seem right.
-    pub threads: usize,
+    pub serving: Serving,
     pub log_level: LevelFilter,
+}
+
+/// How requests are served; the default is what seems right.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Serving {
+    /// 0: as many as seem right.
+    threads: usize,
+    io_uring: IoUring,
+    queue_depth: Option<usize>,
+    /// In bytes.
+    max_request: Option<u32>,
+    /// In bytes.
+    memory_budget: Option<u64>,
+}
+
+impl Serving {
+    /// Has it served like this.
+    pub fn configure<D: BlockDriver>(&self, builder: Builder<D>) -> Builder<D> {
+        let mut builder = builder.queues(self.threads).io_uring(self.io_uring);
+        if let Some(depth) = self.queue_depth {
+            builder = builder.queue_depth(depth);
+        }
+        if let Some(bytes) = self.max_request {
+            builder = builder.max_request(bytes);
+        }
+        if let Some(bytes) = self.memory_budget {
+            builder = builder.memory_budget(bytes);
+        }
+        builder
+    }
 }
 
 /// An image and where to show it.
@@ -162,7 +222,17 @@ impl Arguments {
                 Whether::Off => AllowOther::Off,
                 Whether::Auto => AllowOther::Auto,
             },
-            threads: self.threads.unwrap_or(0).into(),
+            serving: Serving {
+                threads: self.threads.unwrap_or(0).into(),
+                io_uring: match self.io_uring {
+                    Whether::On => IoUring::On,
+                    Whether::Off => IoUring::Off,
+                    Whether::Auto => IoUring::Auto,
+                },
+                queue_depth: self.queue_depth.map(usize::from),
+                max_request: self.max_request,
+                memory_budget: self.memory_budget,
+            },
             log_level: self.log_level,
         })
     }
@@ -236,7 +306,8 @@ mod tests {
         assert!(!config.options.writable && !config.options.growable && !config.options.raw);
         assert!(config.options.discard && config.options.cache.is_none());
         assert_eq!(config.allow_other, AllowOther::Auto);
-        assert_eq!(config.threads, 0);
+        assert_eq!(config.serving, Serving::default());
+        assert_eq!(config.serving.io_uring, IoUring::Auto);
         assert_eq!(config.log_level, LevelFilter::Info);
     }
 
@@ -251,6 +322,14 @@ mod tests {
             "off",
             "--threads",
             "3",
+            "--io-uring",
+            "on",
+            "--queue-depth",
+            "1024",
+            "--max-request",
+            "68K",
+            "--memory-budget",
+            "1G",
             "--cache",
             "none",
             "--discard",
@@ -272,7 +351,14 @@ mod tests {
         assert!(!config.options.discard);
         assert_eq!(config.options.cache, Some(Cache::None));
         assert_eq!(config.allow_other, AllowOther::Off);
-        assert_eq!(config.threads, 3);
+        let serving = Serving {
+            threads: 3,
+            io_uring: IoUring::On,
+            queue_depth: Some(1024),
+            max_request: Some(69_632),
+            memory_budget: Some(1 << 30),
+        };
+        assert_eq!(config.serving, serving);
         assert_eq!(config.log_level, LevelFilter::Debug);
     }
 
@@ -284,6 +370,13 @@ mod tests {
             &["a", "b", "c"],
             &["-f", "qcow2", "a", "b"],
             &["--threads", "0", "a", "b"],
+            &["--io-uring", "perhaps", "a", "b"],
+            &["--queue-depth", "0", "a", "b"],
+            &["--queue-depth", "1025", "a", "b"],
+            &["--max-request", "60K", "a", "b"],
+            &["--max-request", "65537", "a", "b"],
+            &["--max-request", "2M", "a", "b"],
+            &["--memory-budget", "much", "a", "b"],
             &["--log-level", "loud", "a", "b"],
         ] {
             let all = [&["blkfused"], wrong].concat();

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use blkfuse::AllowOther;
 use log::{LevelFilter, warn};
 
-use crate::cli::{Config, Pair};
+use crate::cli::{Config, Pair, Serving};
 use crate::failure::{Failure, Reason, Result};
 use crate::image::{Options, Source};
 
@@ -62,7 +62,7 @@ impl Demo {
                 discard: true,
             },
             allow_other: AllowOther::Auto,
-            threads: 0,
+            serving: Serving::default(),
             log_level: LevelFilter::Info,
         }
     }

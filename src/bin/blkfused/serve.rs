@@ -118,8 +118,8 @@ fn start(
         .writable(config.options.writable)
         .growable(config.options.growable)
         .allow_other(config.allow_other)
-        .queues(config.threads)
         .source(pair.image.name());
+    let builder = config.serving.configure(builder);
     let path = mountpoint.display();
     let (builder, line) = match passed_fd::number(mountpoint) {
         Some(fd) => (
