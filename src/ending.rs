@@ -9,6 +9,7 @@ use std::time::Instant;
 use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Error, Result};
+use crate::mount::Child;
 
 /// How far the unmounting has come.
 #[derive(Debug, Default)]
@@ -25,6 +26,7 @@ pub(crate) struct Ending {
     state: Mutex<Unmounting>,
     changed: Condvar,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    children: Mutex<Vec<Child>>,
 }
 
 /// How a caller waits for the end of the unmounting.
@@ -114,9 +116,14 @@ impl Ending {
         *self.state.lock() = Unmounting::Done(Ok(()));
     }
 
-    /// One more thread to be joined.
-    pub(crate) fn add_thread(&self, thread: Option<JoinHandle<()>>) {
-        self.threads.lock().extend(thread);
+    /// Keeps a child process, which may wait for the connection's end.
+    pub(crate) fn keep(&self, child: Option<Child>) {
+        self.children.lock().extend(child);
+    }
+
+    /// The connection has ended: lets the child processes go.
+    pub(crate) fn drop_children(&self) {
+        self.children.lock().clear();
     }
 
     /// The threads that have unmounted, to be joined.

@@ -268,8 +268,8 @@ impl Shared {
                 unmounted
             }
             Stop::Lazy if self.is_to_be_written_back() => {
-                let (unmounted, written_back, thread) = mount.unmount_written_back();
-                self.ending.add_thread(thread);
+                let (unmounted, written_back, child) = mount.unmount_written_back();
+                self.ending.keep(child);
                 if let Err(error) = written_back {
                     log::warn!("{error}");
                 }
@@ -385,6 +385,7 @@ impl Export {
         }
         threads.append(&mut ending.take_threads());
         join(threads);
+        ending.drop_children();
         stopped
     }
 

@@ -1,14 +1,21 @@
 //! Mountpoints: checking them, mounting a FUSE connection over them, and
 //! undoing that.
 //!
-//! Once a mount is visible nothing here opens the mounted file or asks for its
-//! attributes: the answer would have to come from this very process.
+//! Nothing here opens the mounted file or asks for its attributes, as the
+//! answer would have to come from this very process; a child process does where
+//! that is needed.
 
 mod abort;
+mod child;
 mod fusermount;
 mod kernel;
 mod mountinfo;
 mod mountpoint;
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "used by the io_uring transport")
+)]
+mod probe;
 mod registry;
 #[cfg(test)]
 mod tests;
@@ -17,7 +24,6 @@ mod writeback;
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::thread::JoinHandle;
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
@@ -25,10 +31,12 @@ use nix::mount::{MntFlags, umount2};
 use crate::error::{Error, Result};
 use mountinfo::{MountEntry, MountId, MountTable};
 use mountpoint::Mountpoint;
+use probe::Probe;
 use registry::{Claim, Presence};
 use writeback::WriteBack;
 
 pub(crate) use abort::Aborter;
+pub(crate) use child::Child;
 
 /// Who may use the exported file besides its owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -111,6 +119,12 @@ enum Stage {
 /// A visible mount that goes away again unless it is taken out.
 #[derive(Debug)]
 struct UndoOnDrop(Option<Mount>);
+
+impl UndoOnDrop {
+    fn get(&self) -> &Mount {
+        self.0.as_ref().expect("only the end empties it")
+    }
+}
 
 impl Drop for UndoOnDrop {
     fn drop(&mut self) {
@@ -230,6 +244,19 @@ impl Mounting {
         self.others
     }
 
+    /// Begins to use the mounted file, from a child process and on `cpu` if one
+    /// is given, which shows whether the connection is served.
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "used by the io_uring transport")
+    )]
+    pub(crate) fn probe(&self, cpu: Option<usize>) -> Result<Probe> {
+        match &self.stage {
+            Stage::Detached { tree, .. } => Probe::of_detached(tree.as_fd(), cpu),
+            Stage::Visible(mount) => Probe::of_visible(mount.get().path(), cpu),
+        }
+    }
+
     /// Makes the mount visible where it is not yet, and hands over what there
     /// is to own.
     pub(crate) fn attach(self) -> Result<(OwnedFd, Mount)> {
@@ -293,25 +320,25 @@ impl Mount {
     /// As [`unmount`](Self::unmount) with [`Unmount::Lazy`], and has what
     /// clients hold in mapped memory written back; to that end the connection
     /// must be served until this returns. The second result is about that, and
-    /// the thread that did it, if any, is to be joined after the connection's
-    /// end.
-    pub(crate) fn unmount_written_back(&self) -> (Result<()>, Result<()>, Option<JoinHandle<()>>) {
+    /// the child process that did it, if any, is to be dropped after the
+    /// connection's end.
+    pub(crate) fn unmount_written_back(&self) -> (Result<()>, Result<()>, Option<Child>) {
         let failed = |e: &dyn std::fmt::Display| {
             let path = quoted(self.path());
             let text = format!("{path}: mapped memory was not written back: {e}");
             Error::new(libc::EIO, text)
         };
         let begun = match self.claim.presence() {
-            Presence::Mounted(id) => WriteBack::begin(self.path().to_owned(), id),
-            _ => Err(std::io::ErrorKind::NotFound.into()),
+            Presence::Mounted(id) => WriteBack::begin(&id),
+            _ => Err(Error::new(libc::ENOENT, "the mount is not known")),
         };
         match begun {
             Ok(mut write_back) => {
                 write_back.wait_open();
                 let unmounted = self.unmount(Unmount::Lazy);
-                let (result, thread) = write_back.finish();
+                let (result, child) = write_back.finish();
                 let written = result.map_err(|errno| failed(&errno.desc()));
-                (unmounted, written, Some(thread))
+                (unmounted, written, Some(child))
             }
             Err(e) => (self.unmount(Unmount::Lazy), Err(failed(&e)), None),
         }

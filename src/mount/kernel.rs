@@ -185,24 +185,6 @@ pub(super) fn detached_control_file_system() -> nix::Result<OwnedFd> {
     )
 }
 
-/// Gives the calling thread a table of descriptors of its own, with nothing in
-/// it but standard input, output and error. The thread must own none.
-pub(super) fn unshare_descriptors() -> nix::Result<()> {
-    let (first, last) = (3, libc::c_uint::MAX);
-    // SAFETY: the call touches no memory. It closes descriptors only in this
-    // thread's new table; their owners live in the other threads and keep
-    // theirs, and this thread owns none by this function's contract.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            first,
-            last,
-            libc::CLOSE_RANGE_UNSHARE,
-        )
-    };
-    Errno::result(result).map(drop)
-}
-
 fn fsopen(fs_type: &CStr) -> nix::Result<OwnedFd> {
     // SAFETY: the kernel only reads the terminated string.
     let fd = unsafe { libc::syscall(libc::SYS_fsopen, fs_type.as_ptr(), libc::FSOPEN_CLOEXEC) };
@@ -284,6 +266,11 @@ fn statx_cached(file: BorrowedFd<'_>, mask: libc::c_uint) -> Option<libc::statx>
 /// The id that no other mount will ever have (Linux 6.8).
 pub(super) fn unique_mount_id(file: BorrowedFd<'_>) -> Option<u64> {
     statx_cached(file, libc::STATX_MNT_ID_UNIQUE).map(|facts| facts.stx_mnt_id)
+}
+
+/// The id in mount tables of the mount that a file is on (Linux 5.8).
+pub(super) fn mount_id(file: BorrowedFd<'_>) -> Option<u64> {
+    statx_cached(file, libc::STATX_MNT_ID).map(|facts| facts.stx_mnt_id)
 }
 
 /// The type of a file whose server does not answer any more.

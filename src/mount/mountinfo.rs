@@ -48,6 +48,16 @@ impl MountId {
         }
     }
 
+    /// Whether an open file is on this mount, as far as the kernel tells. Makes
+    /// only system calls, and asks no file system.
+    pub(super) fn admits(&self, file: BorrowedFd<'_>) -> bool {
+        let (found, ours) = match self.unique {
+            Some(unique) => (kernel::unique_mount_id(file), unique),
+            None => (kernel::mount_id(file), self.id),
+        };
+        found.is_none_or(|found| found == ours)
+    }
+
     /// Whether the kernel says that no such mount is left. `false` is no answer.
     pub(super) fn is_known_to_be_gone(&self) -> bool {
         self.unique.is_some_and(kernel::is_unmounted)
