@@ -111,11 +111,6 @@ impl Ending {
         self.changed.notify_all();
     }
 
-    /// Nothing was mounted, so there is nothing to undo.
-    pub(crate) fn skip(&self) {
-        *self.state.lock() = Unmounting::Done(Ok(()));
-    }
-
     /// Keeps a child process, which may wait for the connection's end.
     pub(crate) fn keep(&self, child: Option<Child>) {
         self.children.lock().extend(child);

@@ -510,9 +510,18 @@ impl Export {
         self.shared.agreement.minor
     }
 
-    /// By what the requests come.
-    pub(crate) fn carrier(&self) -> Carrier {
-        self.carrier
+    /// By what its requests come: "/dev/fuse" or "io_uring".
+    pub fn transport(&self) -> &'static str {
+        self.carrier.name()
+    }
+
+    /// How many entries each of the kernel's ring queues has; `None` without
+    /// rings.
+    pub fn queue_depth(&self) -> Option<usize> {
+        match self.carrier {
+            Carrier::DevFuse => None,
+            Carrier::Rings(plan) => Some(plan.depth),
+        }
     }
 
     /// How the file was mounted; `None` if somebody else did it.

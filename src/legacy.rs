@@ -23,8 +23,8 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::error::{Error, Result};
 use crate::protocol::{
-    Agreement, InHeader, InitReply, NotifyInvalInodeOut, NotifyStoreOut, OPERATION_SIZE, Offer, OutHeader,
-    ROOT_ID, negotiate, notify, opcode, operation_size,
+    Agreement, InHeader, InitReply, NotifyInvalInodeOut, NotifyStoreOut, OPERATION_SIZE, Offer,
+    OutHeader, ROOT_ID, negotiate, notify, opcode, operation_size,
 };
 use crate::slot::{Reply, Slot};
 use crate::transport::{Fetched, Transport};
@@ -98,7 +98,7 @@ impl Init {
     }
 
     /// Answers it with `offer`.
-    pub(crate) fn answer(self, device: BorrowedFd<'_>, offer: &Offer) -> Result<()> {
+    pub(crate) fn answer(&self, device: BorrowedFd<'_>, offer: &Offer) -> Result<()> {
         let reply = negotiate(&self.body, offer);
         let reply = reply.map_err(|reason| Error::new(libc::EPROTO, reason))?;
         self.reply(device, &reply)

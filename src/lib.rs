@@ -71,10 +71,6 @@ mod gate;
 mod legacy;
 mod mount;
 mod operations;
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "used by the io_uring transport")
-)]
 mod plan;
 mod properties;
 mod protocol;
@@ -87,10 +83,6 @@ mod ring;
 mod slot;
 mod start;
 mod stats;
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "used by the io_uring transport")
-)]
 mod system;
 mod task;
 mod transport;

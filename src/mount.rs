@@ -11,10 +11,6 @@ mod fusermount;
 mod kernel;
 mod mountinfo;
 mod mountpoint;
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "used by the io_uring transport")
-)]
 mod probe;
 mod registry;
 #[cfg(test)]
@@ -37,6 +33,7 @@ use writeback::WriteBack;
 
 pub(crate) use abort::Aborter;
 pub(crate) use child::Child;
+pub(crate) use probe::Outcome;
 
 /// Who may use the exported file besides its owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -246,10 +243,6 @@ impl Mounting {
 
     /// Begins to use the mounted file, from a child process and on `cpu` if one
     /// is given, which shows whether the connection is served.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "used by the io_uring transport")
-    )]
     pub(crate) fn probe(&self, cpu: Option<usize>) -> Result<Probe> {
         match &self.stage {
             Stage::Detached { tree, .. } => Probe::of_detached(tree.as_fd(), cpu),

@@ -167,7 +167,11 @@ pub(crate) static PROPERTIES: &[Property] = &[
             config.queue_depth = Some(depth as usize);
             Ok(())
         }),
-        get: |view| Some(Value::U64(view.config.queue_depth? as u64)),
+        get: |view| {
+            let asked = view.config.queue_depth;
+            let depth = view.export.map_or(asked, Export::queue_depth)?;
+            Some(Value::U64(depth as u64))
+        },
     },
     Property {
         key: "max-request",
@@ -211,7 +215,7 @@ pub(crate) static PROPERTIES: &[Property] = &[
         key: "transport",
         kind: Kind::Str,
         set: None,
-        get: |view| Some(Value::Str(view.export?.carrier().name().into())),
+        get: |view| Some(Value::Str(view.export?.transport().into())),
     },
     Property {
         key: "protocol",

@@ -98,7 +98,7 @@ fn start_on<D: BlockDriver>(
         queues,
     };
     let mut plan = choice.plan(system)?;
-    let connection = Connection::open(&config, device, plan.as_ref(), queues)?;
+    let mut connection = Connection::open(&config, device, plan.as_ref(), queues)?;
     if plan.is_some() && !connection.agreement.io_uring() {
         let text = "the kernel does not offer FUSE over io_uring";
         choice.without_rings(Error::new(libc::EOPNOTSUPP, text))?;
@@ -130,21 +130,20 @@ fn start_on<D: BlockDriver>(
         threads: &threads,
         probe_at: anchored_at,
     }
-    .run(connection, share);
-    let (mounting, carrier) = match began {
+    .run(&connection, share)
+    .and_then(|carrier| {
+        let attached = connection.mounting.take().map(Mounting::attach);
+        Ok((carrier, attached.transpose()?))
+    });
+    let (carrier, attached) = match began {
         Ok(began) => began,
         Err(error) => {
+            // Before the mount goes: the kernel waits for what they serve.
             threads.end();
             return Err(error);
         }
     };
-    let mount = match mounting.map(Mounting::attach).transpose() {
-        Ok(attached) => attached.map(|(_device, mount)| mount),
-        Err(error) => {
-            threads.end();
-            return Err(error);
-        }
-    };
+    let mount = attached.map(|(_device, mount)| mount);
     log_start(&shared, queues, carrier);
     let export = Export::new(shared.clone(), threads.settle(), mount, carrier, gone);
     shared.control.announce();
@@ -269,7 +268,9 @@ fn allowed_cpu() -> usize {
         return 0;
     };
     let is_allowed = |cpu: &usize| allowed.is_set(*cpu).unwrap_or(false);
-    (0..nix::sched::CpuSet::count()).find(is_allowed).unwrap_or(0)
+    (0..nix::sched::CpuSet::count())
+        .find(is_allowed)
+        .unwrap_or(0)
 }
 
 /// A connection whose INIT was read and is not answered.
@@ -350,41 +351,32 @@ struct Beginning<'a> {
 impl Beginning<'_> {
     /// Answers INIT and has the queues serve, through the rings of `share` if
     /// that can be.
-    fn run(
-        &self,
-        connection: Connection,
-        share: Option<Arc<Share>>,
-    ) -> Result<(Option<Mounting>, Carrier)> {
-        let Connection {
-            device,
-            mounting,
-            init,
-            mut offer,
-            ..
-        } = connection;
-        let mut share = share;
+    fn run(&self, connection: &Connection, mut share: Option<Arc<Share>>) -> Result<Carrier> {
         if let Some(why) = self.threads.outcome()? {
             self.choice.without_rings(why)?;
             share = None;
         }
-        offer.io_uring = share.is_some();
-        init.answer(device.as_fd(), &offer)?;
+        let offer = Offer {
+            io_uring: share.is_some(),
+            ..connection.offer
+        };
+        connection.init.answer(connection.device.as_fd(), &offer)?;
         let Some(share) = share else {
             self.threads.order(Order::Serve);
             self.threads.outcome()?;
-            return Ok((mounting, Carrier::DevFuse));
+            return Ok(Carrier::DevFuse);
         };
         self.threads.order(Order::Register);
         let trouble = match self.threads.outcome()? {
-            None => self.try_rings(mounting.as_ref(), &share),
+            None => self.try_rings(connection.mounting.as_ref(), &share),
             refused => refused,
         };
         let Some(why) = trouble else {
-            return Ok((mounting, Carrier::Rings(share.plan())));
+            return Ok(Carrier::Rings(share.plan()));
         };
-        self.fall_back(&device, &share)?;
+        self.fall_back(&connection.device, &share)?;
         self.choice.without_rings(why)?;
-        Ok((mounting, Carrier::DevFuse))
+        Ok(Carrier::DevFuse)
     }
 
     /// Is a client of the connection. Why its requests do not come through the
@@ -403,7 +395,10 @@ impl Beginning<'_> {
         if share.has_switched() {
             return None;
         }
-        let text = format!("the kernel does not send requests through the rings ({outcome})");
+        let text = match outcome {
+            mount::Outcome::TimedOut => "the kernel does not take the rings for ready",
+            _ => "the kernel does not send requests through the rings",
+        };
         Some(Error::new(libc::ETIMEDOUT, text))
     }
 

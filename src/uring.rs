@@ -165,11 +165,15 @@ impl Anchor {
     }
 }
 
+/// Slots as they travel, and as the kernel's keys find them again.
+#[expect(clippy::vec_box, reason = "slots travel as boxes")]
+type Slots = Vec<Box<Slot>>;
+
 /// A ring and the memory of its entries: all that can fail before the kernel
 /// is told that there will be rings.
 pub(crate) struct Prepared {
     ring: Ring,
-    slots: Vec<Box<Slot>>,
+    slots: Slots,
     share: Arc<Share>,
 }
 
@@ -177,11 +181,7 @@ impl Prepared {
     /// For the calling thread, which is to serve `queue`.
     pub(crate) fn new(share: Arc<Share>, queue: usize) -> io::Result<Self> {
         let entries: Vec<_> = share.entries_of(queue).collect();
-        let memory = region::pieces(
-            FRONT + share.plan.max_request as usize,
-            entries.len(),
-            true,
-        )?;
+        let memory = region::pieces(FRONT + share.plan.max_request as usize, entries.len(), true)?;
         let slot = |(memory, kernel_queue): (Piece, u16)| {
             let mut slot = Box::new(Slot::within(memory));
             slot.ring = Some(RingOrigin {
@@ -242,12 +242,12 @@ pub(crate) struct Uring {
 }
 
 impl Uring {
-    fn register(&mut self, slots: Vec<Box<Slot>>) -> Result<()> {
+    fn register(&mut self, slots: Slots) -> Result<()> {
         let result = self.register_all(slots);
         result.map_err(|e| Error::new(e.errno(), format!("cannot register with FUSE: {e}")))
     }
 
-    fn register_all(&mut self, mut slots: Vec<Box<Slot>>) -> Result<()> {
+    fn register_all(&mut self, mut slots: Slots) -> Result<()> {
         self.watch(mark::WAKE)?;
         if self.reads_device {
             self.watch(mark::DEVICE)?;
@@ -344,10 +344,7 @@ impl Uring {
             }
             errno => {
                 self.in_kernel.remove(key);
-                let ended = matches!(
-                    errno,
-                    libc::ENOTCONN | libc::ECONNABORTED | libc::ECANCELED
-                );
+                let ended = matches!(errno, libc::ENOTCONN | libc::ECONNABORTED | libc::ECANCELED);
                 // An answer to a request that the connection's end has ended.
                 if ended || (errno == libc::ENOENT && self.legacy.has_ended()) {
                     self.gone = true;

@@ -2,6 +2,7 @@
 //! to fail or to wait, an export of it under a watchdog, and skipping.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::future::poll_fn;
 use std::io;
@@ -55,6 +56,14 @@ pub fn skip(reason: &str) {
         "skipped, which BLKFUSE_NO_SKIP forbids: {reason}"
     );
     eprintln!("SKIPPED: {reason}");
+}
+
+/// Fails if BLKFUSE_EXPECT_TRANSPORT names another transport than the export
+/// has come to: a run of the tests over one of them is to be just that.
+fn expect_transport(export: &Export) {
+    if let Some(expected) = std::env::var_os("BLKFUSE_EXPECT_TRANSPORT") {
+        assert_eq!(OsStr::new(export.transport()), expected);
+    }
 }
 
 /// Where Cargo has put the package's C libraries: beside the test programs.
@@ -465,6 +474,7 @@ impl Mounted {
             .writable(true)
             .queues(queues);
         let export = configure(builder).start().unwrap();
+        expect_transport(&export);
         Self {
             export: Some(export),
             driver,
