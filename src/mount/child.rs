@@ -25,7 +25,8 @@ use crate::error::{Error, Result};
 /// if it waits for a request that the server has in hand.
 const DYING: Duration = Duration::from_millis(500);
 
-/// A child process, which dies with the *thread* that started it.
+/// A child process. It dies with the host, and already with the *thread* that
+/// started it, which therefore must stay until the result has come.
 ///
 /// Dropping it kills it. If it then waits for a request that the server has in
 /// hand, it ends with that request or with the connection; dropped before, it
@@ -196,4 +197,261 @@ fn close_range(first: libc::c_uint, last: libc::c_uint) -> nix::Result<()> {
     // whose owners' code will never run here.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
     Errno::result(result).map(drop)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use std::io::{PipeReader, Read, Write, pipe};
+    use std::thread;
+
+    use nix::sys::signal::{SaFlags, SigAction, SigHandler, Signal, sigaction};
+    use nix::sys::wait::{WaitPidFlag, waitpid};
+    use nix::unistd::{ForkResult, Pid, close, fork, pause, read, write};
+
+    /// How long what should happen at once may take.
+    const SOON: Duration = Duration::from_secs(20);
+
+    fn soon() -> Option<Instant> {
+        Some(Instant::now() + SOON)
+    }
+
+    /// Starts a child with a body of these tests, which only make system calls.
+    fn start(keep: &[BorrowedFd<'_>], body: &dyn Fn() -> nix::Result<()>) -> Child {
+        // SAFETY: see above.
+        unsafe { Child::start(keep, body) }.unwrap()
+    }
+
+    fn sleep_for_ever() -> nix::Result<()> {
+        loop {
+            pause();
+        }
+    }
+
+    /// A second descriptor of the child, which outlives the first.
+    pub(in crate::mount) fn witness(child: &Child) -> OwnedFd {
+        child.process.try_clone().unwrap()
+    }
+
+    /// Whether a process has ended, and nothing is left of it.
+    pub(in crate::mount) fn is_gone(process: &OwnedFd) -> bool {
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
+        waitid(Id::PIDFd(process.as_fd()), flags) == Err(Errno::ECHILD)
+    }
+
+    /// Whether all other ends of a pipe are closed, at once or soon.
+    fn is_at_its_end(reader: &mut PipeReader) -> bool {
+        let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
+        assert!(poll(&mut fds, 20_000_u16).unwrap() > 0, "nothing comes");
+        reader.read(&mut [0]).unwrap() == 0
+    }
+
+    #[test]
+    fn the_result_arrives_and_nothing_is_left() {
+        for result in [Ok(()), Err(Errno::ENOSPC), Err(Errno::EIO)] {
+            let mut child = start(&[], &|| result);
+            let witness = witness(&child);
+            assert_eq!(child.wait(soon()), Some(result));
+            assert!(is_gone(&witness));
+            assert_eq!(child.wait(None), Some(result));
+        }
+    }
+
+    #[test]
+    fn a_child_that_waits_is_waited_for_until_the_deadline_and_dies_when_killed() {
+        let mut child = start(&[], &sleep_for_ever);
+        let begun = Instant::now();
+        let patience = Duration::from_millis(30);
+        assert_eq!(child.wait(Some(begun + patience)), None);
+        assert!(begun.elapsed() >= patience);
+        child.kill();
+        assert_eq!(child.wait(soon()), Some(Err(Errno::EINTR)));
+    }
+
+    #[test]
+    fn dropping_leaves_no_zombie() {
+        for body in [&sleep_for_ever as &dyn Fn() -> _, &|| Ok(())] {
+            let child = start(&[], body);
+            let witness = witness(&child);
+            drop(child);
+            assert!(is_gone(&witness));
+        }
+    }
+
+    #[test]
+    fn it_has_the_descriptors_that_it_was_given_and_no_other() {
+        let (mut other, others_end) = pipe().unwrap();
+        let (mut kept, kept_end) = pipe().unwrap();
+        let (gate, gates_end) = pipe().unwrap();
+        // In no order, and more than once.
+        let keep = [gate.as_fd(), kept_end.as_fd(), gate.as_fd()];
+        let mut child = start(&keep, &|| {
+            write(&kept_end, b"x")?;
+            read(&gate, &mut [0]).map(drop)
+        });
+        let mut byte = [0];
+        kept.read_exact(&mut byte).unwrap();
+        assert_eq!(byte, *b"x");
+        drop((others_end, kept_end));
+        assert!(is_at_its_end(&mut other));
+        // It still runs, as it waits for the gate.
+        assert_eq!(child.wait(Some(Instant::now())), None);
+        (&gates_end).write_all(b"g").unwrap();
+        assert_eq!(child.wait(soon()), Some(Ok(())));
+        assert!(is_at_its_end(&mut kept));
+    }
+
+    #[test]
+    fn no_signal_reaches_it_and_the_hosts_mask_is_as_before() {
+        let before = SigSet::thread_get_mask();
+        let mut child = start(&[], &|| {
+            let mask = SigSet::thread_get_mask()?;
+            match Signal::iterator().all(|signal| mask.contains(signal) || is_special(signal)) {
+                true => Ok(()),
+                false => Err(Errno::EINVAL),
+            }
+        });
+        assert_eq!(child.wait(soon()), Some(Ok(())));
+        assert_eq!(SigSet::thread_get_mask(), before);
+    }
+
+    /// The kernel lets nobody block these.
+    fn is_special(signal: Signal) -> bool {
+        matches!(signal, Signal::SIGKILL | Signal::SIGSTOP)
+    }
+
+    #[test]
+    fn it_dies_with_the_thread_that_started_it() {
+        let (mut reader, writer) = pipe().unwrap();
+        let starter = thread::spawn(move || {
+            let child = start(&[writer.as_fd()], &|| {
+                write(&writer, b"r")?;
+                sleep_for_ever()
+            });
+            // Only now the child is tied to this thread.
+            reader.read_exact(&mut [0]).unwrap();
+            child
+        });
+        let mut child = starter.join().unwrap();
+        assert_eq!(child.wait(soon()), Some(Err(Errno::EINTR)));
+    }
+
+    /// Runs `host` in a process of its own with one thread, whose result is
+    /// the exit status.
+    fn in_a_host(host: impl FnOnce() -> i32) -> Pid {
+        // SAFETY: the C library makes its allocator usable in the forked process,
+        // and nothing else that may be locked is used there.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Parent { child } => child,
+            ForkResult::Child => {
+                let status = host();
+                // SAFETY: ends the process at once.
+                unsafe { libc::_exit(status) }
+            }
+        }
+    }
+
+    #[test]
+    fn it_dies_with_its_host() {
+        let (mut reader, writer) = pipe().unwrap();
+        let host = in_a_host(|| {
+            let child = start(&[writer.as_fd()], &|| {
+                write(&writer, b"r")?;
+                sleep_for_ever()
+            });
+            std::mem::forget(child);
+            let _ = close(writer.as_raw_fd());
+            loop {
+                pause();
+            }
+        });
+        drop(writer);
+        let mut byte = [0];
+        reader.read_exact(&mut byte).unwrap();
+        nix::sys::signal::kill(host, Signal::SIGKILL).unwrap();
+        waitpid(host, None).unwrap();
+        assert!(is_at_its_end(&mut reader));
+    }
+
+    #[test]
+    fn the_host_sees_no_child_and_gets_no_signal() {
+        extern "C" fn on_signal(_: libc::c_int) {
+            // SAFETY: ends the process at once.
+            unsafe { libc::_exit(1) }
+        }
+        let host = in_a_host(|| {
+            let handler = SigHandler::Handler(on_signal);
+            let action = SigAction::new(handler, SaFlags::empty(), SigSet::empty());
+            // SAFETY: the handler does nothing but end the process.
+            unsafe { sigaction(Signal::SIGCHLD, &action) }.unwrap();
+            let mut child = start(&[], &sleep_for_ever);
+            let any = || waitpid(None, Some(WaitPidFlag::WNOHANG));
+            if any() != Err(Errno::ECHILD) {
+                return 2;
+            }
+            child.kill();
+            while wait_for([child.process.as_fd()], soon()) != [true] {}
+            // It has ended, and nobody has waited for it yet.
+            if any() != Err(Errno::ECHILD) {
+                return 3;
+            }
+            match child.wait(soon()) {
+                Some(Err(Errno::EINTR)) => 0,
+                _ => 4,
+            }
+        });
+        assert_eq!(waitpid(host, None), Ok(WaitStatus::Exited(host, 0)));
+    }
+
+    /// Has the kernel refuse `call` to the calling thread with `errno`.
+    fn refuse(call: libc::c_long, errno: i32) {
+        let code = |code: u32| code as u16;
+        let instruction = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+        let compare = code(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K);
+        let end = code(libc::BPF_RET | libc::BPF_K);
+        let mut filter = [
+            // The call's number.
+            instruction(code(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS), 0, 0, 0),
+            instruction(compare, 0, 1, call as u32),
+            instruction(end, 0, 0, libc::SECCOMP_RET_ERRNO | errno as u32),
+            instruction(end, 0, 0, libc::SECCOMP_RET_ALLOW),
+        ];
+        let program = libc::sock_fprog {
+            len: filter.len() as u16,
+            filter: filter.as_mut_ptr(),
+        };
+        // SAFETY: the kernel reads the filter that `program` points to, which
+        // outlives the calls.
+        let results = unsafe {
+            [
+                libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),
+                libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program),
+            ]
+        };
+        assert_eq!(results, [0, 0]);
+    }
+
+    #[test]
+    fn where_it_is_refused_that_is_said() {
+        for errno in [libc::ENOSYS, libc::EPERM] {
+            let refused = thread::spawn(move || {
+                refuse(libc::SYS_clone3, errno);
+                // SAFETY: the body does nothing.
+                unsafe { Child::start(&[], &|| Ok(())) }.unwrap_err()
+            });
+            let error = refused.join().unwrap();
+            assert_eq!(error.errno(), errno);
+            assert!(error.message().contains("clone3"), "{error}");
+        }
+        let mut child = thread::scope(|scope| {
+            let started = scope.spawn(|| {
+                refuse(libc::SYS_close_range, libc::ENOSYS);
+                let mut child = start(&[], &|| Ok(()));
+                child.wait(soon());
+                child
+            });
+            started.join().unwrap()
+        });
+        assert_eq!(child.wait(soon()), Some(Err(Errno::ENOSYS)));
+    }
 }

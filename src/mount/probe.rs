@@ -31,10 +31,10 @@ pub(crate) enum Outcome {
 /// A client of the connection: asks for the file system's state, opens the
 /// file, and closes it again.
 ///
-/// It ends with the thread that began it. If it has timed out, it is to be
+/// It dies with the thread that began it. If it has timed out, it is to be
 /// dropped after the connection's end, which it may wait for.
 #[derive(Debug)]
-pub(crate) struct Probe(Child);
+pub(crate) struct Probe(pub(super) Child);
 
 impl Probe {
     /// Of the root of a mount that is nowhere yet. Without /proc that can not

@@ -1,5 +1,6 @@
-//! Against the real kernel. Nothing here answers requests, so no test may touch
-//! a file once it is mounted: the table of mounts tells what is to be known.
+//! Against the real kernel. Hardly anything here answers requests, so no test
+//! may touch a file once it is mounted: the table of mounts tells what is to be
+//! known, and child processes do the touching that is tested.
 
 use std::ffi::OsString;
 use std::fs::{self, File, Permissions};
@@ -9,6 +10,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::mount::MsFlags;
@@ -18,8 +20,15 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use nix::unistd::{geteuid, mkfifo};
 use parking_lot::{Mutex, MutexGuard};
 use tempfile::TempDir;
+use zerocopy::{FromBytes, IntoBytes};
 
+use super::child::tests::{is_gone, witness};
+use super::probe::Outcome;
 use super::*;
+use crate::legacy;
+use crate::protocol::{
+    Attr, AttrOut, InHeader, Offer, OpenOut, OutHeader, StatfsOut, opcode, open_flag,
+};
 
 type Connect = fn(&MountOptions<'_>, &Mountpoint) -> Result<Connection>;
 
@@ -776,4 +785,264 @@ fn an_ordinary_user_is_told_why_not() {
     });
     assert_eq!(foreign.mounts(), [] as [PathBuf; 0]);
     assert_eq!(dir.mounts(), [] as [PathBuf; 0]);
+}
+
+/// How long what should happen at once may take.
+const SOON: Duration = Duration::from_secs(20);
+
+/// Answers INIT.
+fn greet(device: BorrowedFd<'_>) {
+    let offer = Offer {
+        max_request: 1 << 20,
+        max_background: 16,
+        truncates_on_open: false,
+    };
+    legacy::handshake(device, &offer, SOON).unwrap();
+}
+
+/// Waits for a request and takes it.
+fn receive(device: BorrowedFd<'_>) -> InHeader {
+    let mut fds = [PollFd::new(device, PollFlags::POLLIN)];
+    assert_eq!(poll(&mut fds, 20_000_u16), Ok(1), "no request comes");
+    let mut buffer = vec![0; 2 << 20];
+    nix::unistd::read(device, &mut buffer).unwrap();
+    InHeader::read_from_prefix(&buffer).unwrap().0
+}
+
+fn answer(device: BorrowedFd<'_>, request: &InHeader, result: std::result::Result<&[u8], i32>) {
+    let body = result.unwrap_or_default();
+    let header = OutHeader {
+        len: (size_of::<OutHeader>() + body.len()) as u32,
+        error: result.err().map_or(0, |errno| -errno),
+        unique: request.unique,
+    };
+    nix::unistd::write(device, &[header.as_bytes(), body].concat()).unwrap();
+}
+
+/// Serves an empty file until a request of the kind `last` is answered, and
+/// refuses those of the kind `refused`. The kinds that came.
+fn serve(device: BorrowedFd<'_>, last: u32, refused: Option<(u32, i32)>) -> Vec<u32> {
+    let attributes = AttrOut {
+        attr: Attr {
+            ino: 1,
+            mode: libc::S_IFREG | 0o600,
+            nlink: 1,
+            ..Attr::default()
+        },
+        ..AttrOut::default()
+    };
+    let open = OpenOut {
+        open_flags: open_flag::NOFLUSH,
+        ..OpenOut::default()
+    };
+    let mut seen = Vec::new();
+    while seen.last() != Some(&last) {
+        let request = receive(device);
+        let result = match (request.opcode, refused) {
+            (kind, Some((refused, errno))) if kind == refused => Err(errno),
+            (opcode::STATFS, _) => Ok(StatfsOut::default().as_bytes().to_vec()),
+            (opcode::GETATTR, _) => Ok(attributes.as_bytes().to_vec()),
+            (opcode::OPEN, _) => Ok(open.as_bytes().to_vec()),
+            (opcode::FSYNC | opcode::RELEASE, _) => Ok(vec![]),
+            _ => Err(libc::ENOSYS),
+        };
+        answer(device, &request, result.as_deref().map_err(|errno| *errno));
+        seen.push(request.opcode);
+    }
+    seen
+}
+
+#[test]
+fn a_probe_is_answered_by_a_server() {
+    let Some(_turn) = can_mount() else {
+        return;
+    };
+    for (name, connect) in METHODS {
+        for cpu in [None, Some(0), Some(usize::MAX)] {
+            let dir = Dir::new();
+            let path = dir.file("file");
+            let mounting = prepare_by(&options(&path), connect).unwrap();
+            greet(mounting.device());
+            let mut probe = mounting.probe(cpu).unwrap();
+            let seen = serve(mounting.device(), opcode::RELEASE, None);
+            let kinds = [
+                opcode::STATFS,
+                opcode::GETATTR,
+                opcode::OPEN,
+                opcode::RELEASE,
+            ];
+            assert_eq!(seen, kinds, "{name}");
+            assert_eq!(probe.wait(SOON), Outcome::Answered, "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_probe_uses_the_cpu_it_is_told() {
+    let Some(_turn) = can_mount() else {
+        return;
+    };
+    let Some(cpu) = last_allowed_cpu() else {
+        return;
+    };
+    let dir = Dir::new();
+    let path = dir.file("file");
+    let mounting = prepare(&options(&path)).unwrap();
+    greet(mounting.device());
+    let mut probe = mounting.probe(Some(cpu)).unwrap();
+    // The kernel says who has asked.
+    let request = receive(mounting.device());
+    let status = fs::read_to_string(format!("/proc/{}/status", request.pid)).unwrap();
+    let line = format!("Cpus_allowed_list:\t{cpu}\n");
+    assert!(status.contains(&line), "{status}");
+    answer(mounting.device(), &request, Err(libc::EIO));
+    assert_eq!(probe.wait(SOON), Outcome::Failed(Errno::EIO));
+}
+
+fn last_allowed_cpu() -> Option<usize> {
+    let cpus = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0)).unwrap();
+    (0..nix::sched::CpuSet::count()).rfind(|cpu| cpus.is_set(*cpu) == Ok(true))
+}
+
+#[test]
+fn a_probe_tells_why_it_failed() {
+    let Some(_turn) = can_mount() else {
+        return;
+    };
+    for (name, connect) in METHODS {
+        for (kind, errno) in [
+            (opcode::STATFS, Errno::EIO),
+            (opcode::GETATTR, Errno::ENXIO),
+            (opcode::OPEN, Errno::ENOENT),
+        ] {
+            let dir = Dir::new();
+            let path = dir.file("file");
+            let mounting = prepare_by(&options(&path), connect).unwrap();
+            greet(mounting.device());
+            let mut probe = mounting.probe(None).unwrap();
+            serve(mounting.device(), kind, Some((kind, errno as i32)));
+            assert_eq!(probe.wait(SOON), Outcome::Failed(errno), "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_probe_that_nobody_answers_times_out() {
+    let Some(_turn) = can_mount() else {
+        return;
+    };
+    for (name, connect) in METHODS {
+        // Not even INIT; no request; a request that is taken.
+        for served in 0..3 {
+            let dir = Dir::new();
+            let path = dir.file("file");
+            let mounting = prepare_by(&options(&path), connect).unwrap();
+            if served > 0 {
+                greet(mounting.device());
+            }
+            let mut probe = mounting.probe(None).unwrap();
+            if served > 1 {
+                receive(mounting.device());
+            }
+            let patience = Duration::from_millis(50);
+            assert_eq!(probe.wait(patience), Outcome::TimedOut, "{name}");
+            let witness = witness(&probe.0);
+            // One that waits for a request in hand waits for this.
+            drop(mounting);
+            drop(probe);
+            assert!(is_gone(&witness), "{name}, {served}");
+            assert_eq!(dir.mounts(), [] as [PathBuf; 0], "{name}");
+        }
+    }
+}
+
+#[test]
+fn writing_back_syncs_the_file_and_tells_its_failure() {
+    let Some(_turn) = can_mount() else {
+        return;
+    };
+    for (name, connect) in METHODS {
+        for refused in [None, Some(opcode::OPEN), Some(opcode::FSYNC)] {
+            let dir = Dir::new();
+            let path = dir.file("file");
+            let (device, mount) = start(&path, connect);
+            greet(device.as_fd());
+            let (unmounted, written, child) = thread::scope(|scope| {
+                let unmounting = scope.spawn(|| mount.unmount_written_back());
+                let last = refused.unwrap_or(opcode::FSYNC);
+                let seen = serve(device.as_fd(), last, refused.map(|kind| (kind, libc::EIO)));
+                let synced = refused != Some(opcode::OPEN);
+                assert_eq!(seen.contains(&opcode::FSYNC), synced, "{name}");
+                unmounting.join().unwrap()
+            });
+            unmounted.unwrap();
+            assert_eq!(entry_at(&path), None, "{name}");
+            match refused {
+                None => written.unwrap(),
+                Some(_) => {
+                    let error = written.unwrap_err();
+                    let text = "mapped memory was not written back: I/O error";
+                    assert!(error.message().contains(text), "{error}");
+                }
+            }
+            assert!(is_gone(&witness(&child.unwrap())), "{name}");
+        }
+    }
+}
+
+#[test]
+fn unmounting_does_not_wait_long_for_a_file_that_cannot_be_opened() {
+    let Some(_turn) = can_mount() else {
+        return;
+    };
+    for taken in [false, true] {
+        let dir = Dir::new();
+        let path = dir.file("file");
+        let (device, mount) = start(&path, by_fsmount);
+        greet(device.as_fd());
+        let begun = Instant::now();
+        let (unmounted, written, child) = thread::scope(|scope| {
+            let unmounting = scope.spawn(|| mount.unmount_written_back());
+            if taken {
+                receive(device.as_fd());
+            }
+            unmounting.join().unwrap()
+        });
+        assert!(begun.elapsed() < SOON / 4);
+        unmounted.unwrap();
+        assert_eq!(entry_at(&path), None);
+        let error = written.unwrap_err();
+        assert!(error.message().contains("timed out"), "{error}");
+        let witness = witness(child.as_ref().unwrap());
+        drop(device);
+        drop(child);
+        assert!(is_gone(&witness));
+    }
+}
+
+#[test]
+fn writing_back_finds_the_mount_where_it_is_now() {
+    let Some(_turn) = can_mount() else {
+        return;
+    };
+    let dir = Dir::new();
+    let (old, new) = (dir.path().join("old"), dir.path().join("new"));
+    fs::create_dir(&old).unwrap();
+    let path = dir.file("old/file");
+    let (device, mount) = start(&path, by_fsmount);
+    greet(device.as_fd());
+    fs::rename(&old, &new).unwrap();
+    fs::create_dir(&old).unwrap();
+    dir.file("old/file");
+    let stranger = foreign_mount(&path);
+    thread::scope(|scope| {
+        let unmounting = scope.spawn(|| mount.unmount_written_back());
+        serve(device.as_fd(), opcode::FSYNC, None);
+        let (unmounted, written, _) = unmounting.join().unwrap();
+        unmounted.unwrap();
+        written.unwrap();
+    });
+    // Of the stranger nothing was asked but to say hello.
+    assert_eq!(receive(stranger.as_fd()).opcode, opcode::INIT);
+    assert_eq!(events(stranger.as_fd()), PollFlags::empty());
 }
