@@ -10,14 +10,15 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use blkfuse::{Event, Export, LATENCY_BUCKETS, OpKind, State, Stop};
-use nix::mount::{MntFlags, umount2};
+use memmap2::MmapMut;
+use nix::mount::{MntFlags, MsFlags, umount2};
 
 use common::{
     Call, Handle, Memory, Mounted, SOON, Watchdog, eventually, for_queues, is_mounted, pattern,
@@ -1097,4 +1098,69 @@ fn a_forked_child_does_not_keep_the_mount() {
             assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
         });
     });
+}
+
+/// What the process to be killed has of the test's.
+const VICTIM: &str = "BLKFUSE_TEST_VICTIM";
+
+/// Exports at `path` and stops, which does not end: the driver does not answer
+/// when a client's mapped memory is written back.
+fn be_killed_while_writing_back(path: &Path) {
+    let driver = Memory::patterned(BLOCK).handle();
+    let builder = Export::builder(driver.clone()).mountpoint(path);
+    let export = builder.writable(true).start().unwrap();
+    driver.wait_for_event(|e| *e == Event::Started);
+    // The client has written.
+    io::stdin().read_exact(&mut [0]).unwrap();
+    driver.hold();
+    thread::scope(|scope| {
+        scope.spawn(|| export.stop(Stop::Lazy));
+        driver.wait_for_held(1);
+        File::create(path.with_extension("held")).unwrap();
+        loop {
+            thread::park();
+        }
+    });
+}
+
+#[test]
+fn a_host_killed_as_it_writes_back_leaves_no_client_waiting() {
+    if let Some(path) = std::env::var_os(VICTIM) {
+        return be_killed_while_writing_back(Path::new(&path));
+    }
+    if !common::can_export() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().canonicalize().unwrap();
+    let (path, other) = (at.join("disk"), at.join("other"));
+    File::create(&path).unwrap();
+    File::create(&other).unwrap();
+    let name = "a_host_killed_as_it_writes_back_leaves_no_client_waiting";
+    let mut host = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env(VICTIM, &path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    eventually("the export", || is_mounted(&path));
+    // The export's own mount goes; through this one a test that fails can end.
+    let _watchdog = Watchdog::new(&other);
+    let (none, bind) = (None::<&str>, MsFlags::MS_BIND);
+    nix::mount::mount(Some(&path), &other, none, bind, none).unwrap();
+
+    let file = OpenOptions::new().read(true).write(true).open(&path);
+    let file = file.unwrap();
+    // SAFETY: nobody else changes the file, and nothing touches the memory after
+    // the export's end.
+    let mut memory = unsafe { MmapMut::map_mut(&file) }.unwrap();
+    memory[0] = !memory[0];
+    host.stdin.take().unwrap().write_all(b"w").unwrap();
+    let held = path.with_extension("held");
+    eventually("the driver holds what is written back", || held.exists());
+    host.kill().unwrap();
+    eventually("the host is gone", || host.try_wait().unwrap().is_some());
+    let read = read_in_thread(file, 0);
+    assert!(read.recv_timeout(SOON).unwrap().is_err());
+    drop(memory);
 }

@@ -25,9 +25,8 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::child::tests::{is_gone, witness};
 use super::probe::Outcome;
 use super::*;
-use crate::legacy;
 use crate::protocol::{
-    Attr, AttrOut, InHeader, Offer, OpenOut, OutHeader, StatfsOut, opcode, open_flag,
+    Attr, AttrOut, InHeader, InitOut, OpenOut, OutHeader, StatfsOut, opcode, open_flag,
 };
 
 type Connect = fn(&MountOptions<'_>, &Mountpoint) -> Result<Connection>;
@@ -792,12 +791,16 @@ const SOON: Duration = Duration::from_secs(20);
 
 /// Answers INIT.
 fn greet(device: BorrowedFd<'_>) {
-    let offer = Offer {
-        max_request: 1 << 20,
+    let request = receive(device);
+    assert_eq!(request.opcode, opcode::INIT);
+    let agreed = InitOut {
+        major: 7,
+        minor: 31,
         max_background: 16,
-        truncates_on_open: false,
+        max_write: 1 << 20,
+        ..InitOut::default()
     };
-    legacy::handshake(device, &offer, SOON).unwrap();
+    answer(device, &request, Ok(agreed.as_bytes()));
 }
 
 /// Waits for a request and takes it.
