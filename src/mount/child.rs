@@ -280,9 +280,10 @@ pub(super) mod tests {
 
     #[test]
     fn it_has_the_descriptors_that_it_was_given_and_no_other() {
-        let (mut other, others_end) = pipe().unwrap();
+        let (mut below, end_below) = pipe().unwrap();
         let (mut kept, kept_end) = pipe().unwrap();
         let (gate, gates_end) = pipe().unwrap();
+        let (mut above, end_above) = pipe().unwrap();
         // In no order, and more than once.
         let keep = [gate.as_fd(), kept_end.as_fd(), gate.as_fd()];
         let mut child = start(&keep, &|| {
@@ -292,8 +293,9 @@ pub(super) mod tests {
         let mut byte = [0];
         kept.read_exact(&mut byte).unwrap();
         assert_eq!(byte, *b"x");
-        drop((others_end, kept_end));
-        assert!(is_at_its_end(&mut other));
+        drop((end_below, kept_end, end_above));
+        assert!(is_at_its_end(&mut below));
+        assert!(is_at_its_end(&mut above));
         // It still runs, as it waits for the gate.
         assert_eq!(child.wait(Some(Instant::now())), None);
         (&gates_end).write_all(b"g").unwrap();
