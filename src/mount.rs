@@ -27,13 +27,12 @@ use nix::mount::{MntFlags, umount2};
 use crate::error::{Error, Result};
 use mountinfo::{MountEntry, MountId, MountTable};
 use mountpoint::Mountpoint;
-use probe::Probe;
 use registry::{Claim, Presence};
 use writeback::WriteBack;
 
 pub(crate) use abort::Aborter;
 pub(crate) use child::Child;
-pub(crate) use probe::Outcome;
+pub(crate) use probe::{Outcome, Probe};
 
 /// Who may use the exported file besides its owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -33,7 +33,7 @@ use crate::error::{Error, Result};
 use crate::export::{Export, Shared, join};
 use crate::file::{File, FilePolicy};
 use crate::legacy::{self, Init, Legacy};
-use crate::mount::{self, Aborter, AllowOther, MountOptions, Mounting};
+use crate::mount::{self, Aborter, AllowOther, MountOptions, Mounting, Outcome, Probe};
 use crate::operations::{Device, serve};
 use crate::plan::{Plan, Wish};
 use crate::protocol::{Agreement, Offer};
@@ -367,8 +367,11 @@ impl Beginning<'_> {
             return Ok(Carrier::DevFuse);
         };
         self.threads.order(Order::Register);
+        // Who waits for a connection that has no rings may go after its return
+        // to /dev/fuse only.
+        let mut probe = None;
         let trouble = match self.threads.outcome()? {
-            None => self.try_rings(connection.mounting.as_ref(), &share),
+            None => self.try_rings(connection.mounting.as_ref(), &share, &mut probe),
             refused => refused,
         };
         let Some(why) = trouble else {
@@ -381,9 +384,14 @@ impl Beginning<'_> {
 
     /// Is a client of the connection. Why its requests do not come through the
     /// rings, if they do not.
-    fn try_rings(&self, mounting: Option<&Mounting>, share: &Share) -> Option<Error> {
-        let mut probe = match mounting?.probe(Some(self.probe_at)) {
-            Ok(probe) => probe,
+    fn try_rings(
+        &self,
+        mounting: Option<&Mounting>,
+        share: &Share,
+        probe: &mut Option<Probe>,
+    ) -> Option<Error> {
+        let probe = match mounting?.probe(Some(self.probe_at)) {
+            Ok(begun) => probe.insert(begun),
             // Each entry was taken, so there is no reason why it should fail.
             Err(why) if self.choice.config.io_uring == IoUring::On => {
                 log::info!("io_uring was not tried: {why}");
@@ -396,7 +404,7 @@ impl Beginning<'_> {
             return None;
         }
         let text = match outcome {
-            mount::Outcome::TimedOut => "the kernel does not take the rings for ready",
+            Outcome::TimedOut => "the kernel does not take the rings for ready",
             _ => "the kernel does not send requests through the rings",
         };
         Some(Error::new(libc::ETIMEDOUT, text))

@@ -166,7 +166,6 @@ impl Anchor {
 }
 
 /// Slots as they travel, and as the kernel's keys find them again.
-#[expect(clippy::vec_box, reason = "slots travel as boxes")]
 type Slots = Vec<Box<Slot>>;
 
 /// A ring and the memory of its entries: all that can fail before the kernel

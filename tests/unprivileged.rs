@@ -265,10 +265,9 @@ fn a_user_unmounts_with_fusermount() {
         assert!(daemon.wait(STOP).status.success());
         // What a killed one has left is cleared away by the next.
         user.start(args!["ram:1M", at]).kill();
-        assert_eq!(
-            fs::metadata(&at).unwrap_err().raw_os_error(),
-            Some(libc::ENOTCONN)
-        );
+        eventually("the connection ends", || {
+            fs::metadata(&at).unwrap_err().raw_os_error() == Some(libc::ENOTCONN)
+        });
         let daemon = user.start(args!["ram:2M", at]);
         assert_eq!(fs::metadata(&at).unwrap().len(), 2 << 20);
         daemon.stop();

@@ -242,7 +242,17 @@ fn owned(result: libc::c_long) -> nix::Result<OwnedFd> {
 
 /// Asks for facts that the kernel knows without asking the file system.
 fn statx_cached(file: BorrowedFd<'_>, mask: libc::c_uint) -> Option<libc::statx> {
-    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
+    let facts = statx(file, libc::AT_STATX_DONT_SYNC, mask).ok()?;
+    (facts.stx_mask & mask == mask).then_some(facts)
+}
+
+/// The mode of a file, asked of its server also where the kernel remembers it.
+pub(super) fn present_mode(file: BorrowedFd<'_>) -> nix::Result<libc::mode_t> {
+    let facts = statx(file, libc::AT_STATX_FORCE_SYNC, libc::STATX_TYPE)?;
+    Ok(facts.stx_mode.into())
+}
+
+fn statx(file: BorrowedFd<'_>, sync: libc::c_int, mask: libc::c_uint) -> nix::Result<libc::statx> {
     let mut facts = MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: the path is a terminated string, and the kernel writes at most one
     // statx to `facts`.
@@ -250,17 +260,14 @@ fn statx_cached(file: BorrowedFd<'_>, mask: libc::c_uint) -> Option<libc::statx>
         libc::statx(
             file.as_raw_fd(),
             c"".as_ptr(),
-            flags,
+            libc::AT_EMPTY_PATH | sync,
             mask,
             facts.as_mut_ptr(),
         )
     };
-    if result != 0 {
-        return None;
-    }
+    Errno::result(result)?;
     // SAFETY: it was zeroed, which is a valid statx, before the kernel filled it.
-    let facts = unsafe { facts.assume_init() };
-    (facts.stx_mask & mask == mask).then_some(facts)
+    Ok(unsafe { facts.assume_init() })
 }
 
 /// The id that no other mount will ever have (Linux 6.8).

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
-use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::sys::stat::{Mode, SFlag};
 
 use super::mountinfo::{MountId, MountTable};
 use super::registry::Claim;
@@ -29,12 +29,13 @@ impl Mountpoint {
     pub(super) fn claim(path: &Path) -> Result<Self> {
         for _ in 0..STALE_LIMIT {
             let candidate = Self::open(path)?;
-            match fstat(&candidate.file) {
-                Ok(stat) => {
-                    require_regular(path, stat.st_mode)?;
+            match kernel::present_mode(candidate.file()) {
+                Ok(mode) => {
+                    require_regular(path, mode)?;
                     return Ok(candidate);
                 }
-                Err(errno @ (Errno::ENOTCONN | Errno::ECONNABORTED)) => {
+                // The last when a server with io_uring is just dying.
+                Err(errno @ (Errno::ENOTCONN | Errno::ECONNABORTED | Errno::ECANCELED)) => {
                     candidate.remove_stale(path, errno)?;
                 }
                 Err(errno) => return Err(failed(path, "cannot use the mountpoint", errno)),
