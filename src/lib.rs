@@ -55,9 +55,11 @@
 //!
 //! # What the library does to its process
 //!
-//! It starts threads, which block all signals. It installs no signal handler,
-//! prints nothing (it logs through the `log` crate), changes no state of the
-//! process, and opens every descriptor close-on-exec.
+//! It starts threads, which block all signals, and now and then a child process
+//! for a moment, of which the program's waits and its SIGCHLD handler see
+//! nothing. It installs no signal handler, prints nothing (it logs through the
+//! `log` crate), changes no state of the process, and opens every descriptor
+//! close-on-exec.
 
 mod capi;
 mod config;
