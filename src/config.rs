@@ -42,6 +42,8 @@ pub(crate) struct Config {
     pub(crate) source: Option<OsString>,
     pub(crate) writable: bool,
     pub(crate) growable: bool,
+    /// The kernel reads the driver's backing file itself.
+    pub(crate) passthrough: bool,
     pub(crate) allow_other: AllowOther,
     /// 0: one for each CPU available.
     pub(crate) queues: usize,
@@ -94,6 +96,9 @@ impl Config {
         }
         if self.growable && !self.writable {
             return refuse("a growable export must be writable; set \"writable\" too");
+        }
+        if self.passthrough && self.writable {
+            return refuse("passthrough is for read-only exports; leave out \"writable\" or it");
         }
         if self.queues as u64 > QUEUES_LIMIT {
             return refuse("more than 256 queues");

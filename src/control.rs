@@ -4,6 +4,7 @@
 use std::any::Any;
 use std::cell::Cell;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering::SeqCst};
@@ -16,6 +17,7 @@ use crate::driver::{BlockDriver, Event, QueueInfo};
 use crate::error::{Error, Result};
 use crate::gate::Gate;
 use crate::mount::Aborter;
+use crate::passthrough;
 use crate::protocol::MAX_LENGTH;
 use crate::wakeups::Wakeups;
 
@@ -89,6 +91,7 @@ impl Drop for SignalOnDrop {
 /// The driver's methods that are not part of a request, apart from its type.
 pub(crate) trait Hooks: Send + Sync {
     fn length(&self) -> io::Result<u64>;
+    fn backing_file(&self) -> Option<BorrowedFd<'_>>;
     fn queue_start(&self, queue: QueueInfo) -> io::Result<()>;
     fn queue_stop(&self, queue: usize);
     fn batch_begin(&self, queue: usize);
@@ -100,6 +103,9 @@ pub(crate) trait Hooks: Send + Sync {
 impl<D: BlockDriver> Hooks for Owned<D> {
     fn length(&self) -> io::Result<u64> {
         self.driver.length()
+    }
+    fn backing_file(&self) -> Option<BorrowedFd<'_>> {
+        self.driver.backing_file()
     }
     fn queue_start(&self, queue: QueueInfo) -> io::Result<()> {
         self.driver.queue_start(queue)
@@ -323,6 +329,15 @@ impl Control {
             return Err(Error::new(libc::EFBIG, text));
         }
         Ok(length)
+    }
+
+    /// Checks that the driver's backing file has the device's `length`.
+    pub(crate) fn check_backing(&self, length: u64) -> Result<()> {
+        let panicked = "the driver panicked when asked for its backing file";
+        let mut outcome = Err(Error::new(libc::ENOTRECOVERABLE, panicked));
+        let _marked = self.dispatching();
+        self.hook(|h| outcome = passthrough::checked(h.backing_file(), length).map(drop));
+        outcome
     }
 
     /// Why the export halted, if it did.

@@ -10,6 +10,7 @@
 
 use std::future::Future;
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use crate::slot::Traces;
 
@@ -59,6 +60,16 @@ pub trait BlockDriver: Send + Sync + 'static {
     /// What the driver can do beyond reading; asked once, at start.
     fn features(&self) -> Features {
         Features::default()
+    }
+
+    /// A descriptor of the regular file whose bytes are the device's, each at
+    /// its own offset, if there is one. Asked for by an export with
+    /// [`passthrough`](crate::Builder::passthrough), when it starts and when
+    /// [`Export::resized`](crate::Export::resized) is called. How it was opened
+    /// does not matter: the kernel opens the file anew for each client, with
+    /// the client's flags.
+    fn backing_file(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
 
     /// Reads `buf.len()` bytes at `offset`, which lie within the length.

@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::file::File;
 use crate::legacy;
 use crate::mount::{AllowOther, Mount, Unmount};
+use crate::passthrough::Backing;
 use crate::protocol::Agreement;
 use crate::start::{self, Carrier};
 use crate::stats::{AllStats, Stats};
@@ -105,6 +106,22 @@ impl<D: BlockDriver> Builder<D> {
     /// Lets writes past the end grow the file. Default: they fail.
     pub fn growable(mut self, growable: bool) -> Self {
         self.config.growable = growable;
+        self
+    }
+
+    /// Has the kernel read [`BlockDriver::backing_file`] itself, at the bare
+    /// file's speed, in the place of calling [`BlockDriver::read`]. Default:
+    /// it does not. Only for a read-only export of a device that is as long as
+    /// its backing file, a regular one; by a process with CAP_SYS_ADMIN in the
+    /// initial user namespace; since Linux 6.9. Otherwise the start fails.
+    ///
+    /// Reads are then out of the export's hands. They are not held up by a
+    /// drain, not counted in [`Stats`], not limited to the device's length, and
+    /// who has the file open when the export ends can go on reading. They are
+    /// what reads of the backing file are: O_DIRECT needs the alignment that
+    /// its file system wants, and other reads go through the page cache.
+    pub fn passthrough(mut self, passthrough: bool) -> Self {
+        self.config.passthrough = passthrough;
         self
     }
 
@@ -192,6 +209,8 @@ pub(crate) struct Shared {
     /// The connection's first descriptor; closed with the last queue, which
     /// ends the connection.
     device: Mutex<Option<Arc<OwnedFd>>>,
+    /// What the kernel reads by itself; closed before `device`.
+    backing: Mutex<Option<Backing>>,
     mount: OnceLock<Mount>,
     /// Threads of queues that have not ended.
     running: AtomicUsize,
@@ -222,10 +241,17 @@ impl Shared {
             stats: Arc::new(AllStats::new(queues)),
             agreement,
             device: Mutex::new(Some(device)),
+            backing: Mutex::default(),
             mount: OnceLock::new(),
             running: AtomicUsize::new(queues),
             ending: Arc::default(),
         }
+    }
+
+    /// Has the kernel read `backing` by itself, before anybody opens the file.
+    pub(crate) fn pass_through(&self, backing: Backing) {
+        self.file.pass_through(backing.id());
+        *self.backing.lock() = Some(backing);
     }
 
     /// A descriptor for one queue: its own, or the shared one where /dev/fuse
@@ -246,6 +272,7 @@ impl Shared {
     /// The thread of one queue ends; it has closed its descriptor.
     pub(crate) fn thread_ended(&self) {
         if self.running.fetch_sub(1, SeqCst) == 1 {
+            self.backing.lock().take();
             self.device.lock().take();
         }
     }
@@ -438,6 +465,9 @@ impl Export {
     /// through open descriptors go by it, too, unless this is called within a
     /// drain or a callback and the length grew within a page (of 4096 bytes):
     /// then from the next stat on.
+    ///
+    /// `EINVAL`: with [`Builder::passthrough`] the device and its backing file
+    /// are of different lengths now; clients still see the old one.
     pub fn resized(&self) -> Result<()> {
         let Shared {
             control,
@@ -445,12 +475,19 @@ impl Export {
             device,
             ..
         } = &*self.shared;
-        let mut length = control.driver_length()?;
+        let present_length = || {
+            let length = control.driver_length()?;
+            if file.backing().is_some() {
+                control.check_backing(length)?;
+            }
+            Ok(length)
+        };
+        let mut length = present_length()?;
         loop {
             file.set_length(length);
             // A client's truncation may have come between the look and the
             // note; then what was noted is old.
-            let again = control.driver_length()?;
+            let again = present_length()?;
             if again == length {
                 break;
             }

@@ -3,6 +3,7 @@
 //! All queues share it. What changes often is an atomic, or is counted by
 //! each queue for itself; what changes rarely is behind a lock.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering::*};
 use std::time::SystemTime;
 
@@ -10,6 +11,7 @@ use crossbeam_utils::CachePadded;
 use parking_lot::Mutex;
 
 use crate::gate::Gate;
+use crate::passthrough::BackingId;
 use crate::protocol::{Attr, ROOT_ID};
 
 /// What the export's owner has decided about the file.
@@ -52,6 +54,8 @@ pub(crate) struct File {
     times: Mutex<Times>,
     /// For each queue, when it last changed the content.
     changed: Box<[CachePadded<AtomicI64>]>,
+    /// What the kernel reads by itself, whoever opens the file.
+    backing: OnceLock<BackingId>,
 }
 
 /// Nanoseconds since the epoch.
@@ -125,6 +129,7 @@ impl File {
                 ctime: now,
             }),
             changed: (0..queues).map(|_| CachePadded::default()).collect(),
+            backing: OnceLock::new(),
         }
     }
 
@@ -150,6 +155,17 @@ impl File {
             self.reached.fetch_max(end, Relaxed);
         }
         self.tell_reached(end);
+    }
+
+    /// From the first open on the kernel reads that by itself.
+    pub(crate) fn pass_through(&self, backing: BackingId) {
+        let set = self.backing.set(backing);
+        debug_assert!(set.is_ok(), "a file has one backing file");
+    }
+
+    /// What the kernel reads by itself, if it does.
+    pub(crate) fn backing(&self) -> Option<BackingId> {
+        self.backing.get().copied()
     }
 
     /// How far the content reaches; exact while no write is under way.

@@ -51,7 +51,8 @@
 //! life around the queues: mounting (mount.rs), the drain and the phases of
 //! life (control.rs, gate.rs), the file's attributes (file.rs), its end
 //! (ending.rs). Data move once: the driver reads into and writes out of the
-//! slot's payload, which is what the kernel copies from and to.
+//! slot's payload, which is what the kernel copies from and to. With passthrough
+//! (passthrough.rs) reads do not come here at all.
 //!
 //! # What the library does to its process
 //!
@@ -73,6 +74,7 @@ mod gate;
 mod legacy;
 mod mount;
 mod operations;
+mod passthrough;
 mod plan;
 mod properties;
 mod protocol;

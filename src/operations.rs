@@ -394,7 +394,10 @@ impl<D: BlockDriver> Request<'_, D> {
             self.file().tell(0);
         }
         self.file().opened(writes);
-        let flags = open_flag::DIRECT_IO | open_flag::PARALLEL_DIRECT_WRITES;
+        let (flags, backing_id) = match self.file().backing() {
+            Some(id) => (open_flag::PASSTHROUGH, id),
+            None => (open_flag::DIRECT_IO | open_flag::PARALLEL_DIRECT_WRITES, 0),
+        };
         // A reader's close needs no answer, which could not come if it is
         // this very process that exits with the file open.
         let (fh, open_flags) = match writes {
@@ -404,7 +407,7 @@ impl<D: BlockDriver> Request<'_, D> {
         slot.answer_with(&OpenOut {
             fh,
             open_flags,
-            backing_id: 0,
+            backing_id,
         });
         Ok(0)
     }

@@ -74,6 +74,7 @@ pub(crate) mod init_flag {
     pub(crate) const MAX_PAGES: u64 = 1 << 22;
     pub(crate) const INIT_EXT: u64 = 1 << 30;
     pub(crate) const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
+    pub(crate) const PASSTHROUGH: u64 = 1 << 37;
     pub(crate) const OVER_IO_URING: u64 = 1 << 41;
 }
 
@@ -82,6 +83,7 @@ pub(crate) mod open_flag {
     pub(crate) const DIRECT_IO: u32 = 1 << 0;
     pub(crate) const NOFLUSH: u32 = 1 << 5;
     pub(crate) const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
+    pub(crate) const PASSTHROUGH: u32 = 1 << 7;
 }
 
 /// Bits of `setattr_in.valid`.
@@ -201,6 +203,9 @@ pub(crate) struct Offer {
     pub(crate) truncates_on_open: bool,
     /// Whether there are rings for FUSE-over-io_uring.
     pub(crate) io_uring: bool,
+    /// How deep file systems may be stacked under a passthrough, 1 or 2; 0: no
+    /// passthrough.
+    pub(crate) passthrough_depth: u32,
 }
 
 /// What was agreed upon.
@@ -212,6 +217,13 @@ pub(crate) struct Agreement {
     pub(crate) max_request: u32,
     /// Flags that both sides know.
     pub(crate) flags: u64,
+}
+
+impl Agreement {
+    /// Whether the kernel will read backing files.
+    pub(crate) fn passes_through(&self) -> bool {
+        self.flags & init_flag::PASSTHROUGH != 0
+    }
 }
 
 /// The answer to one INIT message.
@@ -298,6 +310,9 @@ pub(crate) fn negotiate(body: &[u8], offer: &Offer) -> Result<InitReply, String>
     out.max_write = agreement.max_request;
     out.time_gran = 1;
     out.max_pages = pages as u16;
+    if agreement.passes_through() {
+        out.max_stack_depth = offer.passthrough_depth;
+    }
     Ok(InitReply {
         out,
         len: if init.minor < 23 {
@@ -323,8 +338,14 @@ fn wanted_flags(offer: &Offer) -> u64 {
     } else {
         0
     };
+    let passthrough = if offer.passthrough_depth > 0 {
+        PASSTHROUGH
+    } else {
+        0
+    };
     let rings = if offer.io_uring { OVER_IO_URING } else { 0 };
     truncation
+        | passthrough
         | rings
         | ASYNC_READ
         | BIG_WRITES
@@ -346,6 +367,7 @@ mod tests {
         max_background: 256,
         truncates_on_open: true,
         io_uring: true,
+        passthrough_depth: 0,
     };
 
     fn init(major: u32, minor: u32, flags: u64) -> InitIn {
@@ -399,6 +421,29 @@ mod tests {
     }
 
     #[test]
+    fn passthrough_is_agreed_on_only_if_both_sides_want_it() {
+        let both = init_flag::INIT_EXT | init_flag::PASSTHROUGH;
+        for (offered, depth, agreed) in [
+            (both, 1, 1),
+            (both, 2, 2),
+            (both, 0, 0),
+            (init_flag::INIT_EXT, 1, 0),
+            // The second half of the flags counts only if the first says so.
+            (init_flag::PASSTHROUGH, 1, 0),
+        ] {
+            let offer = Offer {
+                passthrough_depth: depth,
+                ..OFFER
+            };
+            let reply = negotiate(init(7, 45, offered).as_bytes(), &offer).unwrap();
+            assert_eq!(reply.out.max_stack_depth, agreed);
+            let flag = u64::from(reply.out.flags2) << 32 & init_flag::PASSTHROUGH;
+            assert_eq!(flag != 0, agreed > 0);
+            assert_eq!(reply.agreement.unwrap().passes_through(), agreed > 0);
+        }
+    }
+
+    #[test]
     fn the_reply_has_the_size_that_the_kernels_minor_version_knows() {
         for minor in OLDEST_MINOR..60 {
             let full = init(7, minor, u64::MAX);
@@ -440,7 +485,13 @@ mod tests {
         fn flags_that_the_kernel_does_not_offer_are_never_set(
             minor in OLDEST_MINOR..100, flags: u64, pages in 1u32..=256,
         ) {
-            let offer = Offer { max_request: pages * PAGE, max_background: 64, truncates_on_open: false, io_uring: true };
+            let offer = Offer {
+                max_request: pages * PAGE,
+                max_background: 64,
+                truncates_on_open: false,
+                io_uring: true,
+                passthrough_depth: 1,
+            };
             let reply = negotiate(init(7, minor, flags).as_bytes(), &offer).unwrap();
             let out = reply.out;
             prop_assert_eq!(out.flags & !(flags as u32), 0);

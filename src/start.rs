@@ -8,7 +8,8 @@
 //!
 //! 1. mount, where nobody can see it, and read INIT;
 //! 2. start the queues' threads, each of which makes its ring and its memory;
-//! 3. answer INIT, with the promise only if all of that went well;
+//! 3. answer INIT, with the promise only if all of that went well, and then
+//!    register the file to pass through, before anybody can open the export;
 //! 4. have the threads register their entries;
 //! 5. be a client, in a process of its own, and see that its requests come
 //!    through a ring. If they do not, withdraw the promise and fall back to
@@ -16,7 +17,7 @@
 //! 6. attach the mount.
 
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
@@ -35,6 +36,7 @@ use crate::file::{File, FilePolicy};
 use crate::legacy::{self, Init, Legacy};
 use crate::mount::{self, Aborter, AllowOther, MountOptions, Mounting, Outcome, Probe};
 use crate::operations::{Device, serve};
+use crate::passthrough::{self, Backing};
 use crate::plan::{Plan, Wish};
 use crate::protocol::{Agreement, Offer};
 use crate::queue::{BUDGET, Progress, Queue};
@@ -92,13 +94,22 @@ fn start_on<D: BlockDriver>(
     check_features(&driver.driver, &config)?;
     let control = Control::new(config.name(), driver.clone(), queues);
     let length = control.driver_length()?;
+    let backing = if config.passthrough {
+        let file = passthrough::checked(driver.driver.backing_file(), length);
+        Some(file.map_err(|e| named(&config, e))?)
+    } else {
+        None
+    };
 
     let choice = Choice {
         config: &config,
         queues,
     };
     let mut plan = choice.plan(system)?;
-    let mut connection = Connection::open(&config, device, plan.as_ref(), queues)?;
+    let mut connection = Connection::open(&config, device, plan.as_ref(), queues, backing)?;
+    if backing.is_some() && !connection.agreement.passes_through() {
+        return Err(named(&config, passthrough::not_offered()));
+    }
     if plan.is_some() && !connection.agreement.io_uring() {
         let text = "the kernel does not offer FUSE over io_uring";
         choice.without_rings(Error::new(libc::EOPNOTSUPP, text))?;
@@ -129,6 +140,7 @@ fn start_on<D: BlockDriver>(
         choice,
         threads: &threads,
         probe_at: anchored_at,
+        backing,
     }
     .run(&connection, share)
     .and_then(|carrier| {
@@ -156,6 +168,11 @@ fn start_on<D: BlockDriver>(
         return Err(export.failure().unwrap_or(ended));
     }
     Ok(export)
+}
+
+/// An error that says which export it is about.
+fn named(config: &Config, error: Error) -> Error {
+    Error::new(error.errno(), format!("{}: {error}", config.name()))
 }
 
 fn log_start(shared: &Shared, queues: usize, carrier: Carrier) {
@@ -253,11 +270,10 @@ impl Choice<'_> {
 
     /// There can be no rings: goes on without, unless they were insisted on.
     fn without_rings(&self, why: Error) -> Result<()> {
-        let name = self.config.name();
         if self.config.io_uring == IoUring::On {
-            return Err(Error::new(why.errno(), format!("{name}: {why}")));
+            return Err(named(self.config, why));
         }
-        log::info!("{name}: over /dev/fuse: {why}");
+        log::info!("{}: over /dev/fuse: {why}", self.config.name());
         Ok(())
     }
 }
@@ -289,6 +305,7 @@ impl Connection {
         fuse_fd: Option<OwnedFd>,
         plan: Option<&Plan>,
         queues: usize,
+        backing: Option<BorrowedFd<'_>>,
     ) -> Result<Self> {
         let max_request = plan.map_or(config.max_request(), |p| p.max_request);
         let mounting = match (&fuse_fd, &config.mountpoint) {
@@ -318,9 +335,10 @@ impl Connection {
             truncates_on_open: config.growable,
             max_background: in_flight.clamp(MIN_BACKGROUND, u16::MAX.into()) as u16,
             io_uring: plan.is_some(),
+            passthrough_depth: backing.map_or(0, passthrough::stack_depth),
         };
-        let (init, agreement) = Init::receive(device.as_fd(), &offer, INIT_TIMEOUT)
-            .map_err(|e| Error::new(e.errno(), format!("{}: {e}", config.name())))?;
+        let (init, agreement) =
+            Init::receive(device.as_fd(), &offer, INIT_TIMEOUT).map_err(|e| named(config, e))?;
         Ok(Self {
             device: Arc::new(device),
             mounting,
@@ -346,6 +364,8 @@ struct Beginning<'a> {
     threads: &'a QueueThreads,
     /// The CPU to be a client on.
     probe_at: usize,
+    /// What the kernel is to read by itself.
+    backing: Option<BorrowedFd<'a>>,
 }
 
 impl Beginning<'_> {
@@ -361,6 +381,11 @@ impl Beginning<'_> {
             ..connection.offer
         };
         connection.init.answer(connection.device.as_fd(), &offer)?;
+        if let Some(file) = self.backing {
+            let backing = Backing::open(connection.device.clone(), file);
+            let backing = backing.map_err(|e| named(self.choice.config, e))?;
+            self.threads.shared.pass_through(backing);
+        }
         let Some(share) = share else {
             self.threads.order(Order::Serve);
             self.threads.outcome()?;

@@ -5,13 +5,13 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use blkfuse::{Event, Export, Result, State};
+use blkfuse::{BlockDriver, Event, Export, Io, ReadBuf, Result, State};
 
 use common::{Handle, Memory, SOON, eventually, for_queues, pattern};
 
@@ -273,6 +273,36 @@ fn a_newer_major_version_is_asked_to_speak_ours() {
     kernel.send_init(7, 45);
     assert_eq!(kernel.answer().data.len(), 64);
     start.join().unwrap().unwrap().delete(Some(SOON)).unwrap();
+}
+
+#[test]
+fn a_kernel_without_passthrough_makes_start_fail_if_it_is_wanted() {
+    let (kernel, server) = connection();
+    let image = tempfile::tempfile().unwrap();
+    let builder = Export::builder(OnFile(image)).fuse_fd(server);
+    let start = thread::spawn(move || builder.passthrough(true).start());
+    kernel.send_init(7, 45);
+    let error = start.join().unwrap().unwrap_err();
+    assert_eq!(error.errno(), libc::EOPNOTSUPP);
+    assert!(error.message().contains("Linux 6.9"), "{error}");
+    kernel.assert_closed();
+}
+
+/// A device whose bytes are a file's.
+struct OnFile(std::fs::File);
+
+impl BlockDriver for OnFile {
+    fn length(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len())
+    }
+
+    fn backing_file(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
+    }
+
+    async fn read(&self, _: &Io<'_>, _: &mut ReadBuf<'_>, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 #[test]
