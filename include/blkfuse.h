@@ -313,6 +313,15 @@ struct blkfuse_driver_ops {
      * once for each successful blkfuse_export_create().
      */
     void (*deleted)(void *opaque);
+    /**
+     * A descriptor of the regular file whose bytes are the device's, each at
+     * its own offset, for the property "passthrough"; or a negative errno:
+     * there is none. It stays the host's, must stay open until `deleted`, and
+     * may be opened in any mode: the kernel opens the file anew for each
+     * client. Called by blkfuse_export_start() and blkfuse_export_resized().
+     * NULL: there is none.
+     */
+    int (*backing_fd)(void *opaque);
 };
 
 /**
@@ -411,6 +420,7 @@ int blkfuse_export_create(struct blkfuse_export **out,
  * | source      | str  | blkfuse   | what is shown as the mounted device       |
  * | writable    | bool | off       | allow writing                             |
  * | growable    | bool | off       | let writes past the end grow the file     |
+ * | passthrough | bool | off       | have the kernel read ops->backing_fd itself, at the bare file's speed, in the place of ops->read; see below |
  * | allow-other | str  | auto      | who else may use the file: on, off, or auto (on if the system permits it) |
  * | queues      | u64  | 0         | how many queues serve it, each with a thread; 0: one for each CPU available, at most 8 |
  * | io-uring    | str  | auto      | whether requests come through FUSE-over-io_uring: off; on, and start fails where that cannot be; or auto (where it is to be had and has no known defects) |
@@ -427,6 +437,16 @@ int blkfuse_export_create(struct blkfuse_export **out,
  * These can only be read: state (str: created, started, stopping, ended),
  * transport (str), protocol (str: 7.45), mount-method (str: fsmount, mount,
  * fusermount3, fuse-fd), last-error (str: why the export halted, or empty).
+ *
+ * "passthrough" is only for a read-only export of a device that is as long as
+ * its backing file, a regular one, by a process with CAP_SYS_ADMIN in the
+ * initial user namespace, since Linux 6.9; else blkfuse_export_start() fails.
+ * Reads are then out of the export's hands: they are not held up by a drain,
+ * not counted in the statistics, not limited to the device's length, and who
+ * has the file open when the export ends can go on reading. They are what
+ * reads of the backing file are: O_DIRECT needs the alignment that its file
+ * system wants, and other reads go through the page cache.
+ * blkfuse_export_resized() fails with -EINVAL while the two lengths differ.
  *
  * Returns 0; -ENOENT: no such property; -EINVAL: the wrong type or value;
  * -EBUSY: the export was started, or is being started; -EPERM: the property

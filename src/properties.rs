@@ -99,6 +99,15 @@ pub(crate) static PROPERTIES: &[Property] = &[
         get: |view| Some(Value::Bool(view.config.growable)),
     },
     Property {
+        key: "passthrough",
+        kind: Kind::Bool,
+        set: Some(|config, value| {
+            config.passthrough = boolean(value)?;
+            Ok(())
+        }),
+        get: |view| Some(Value::Bool(view.config.passthrough)),
+    },
+    Property {
         key: "allow-other",
         kind: Kind::Str,
         set: Some(|config, value| {

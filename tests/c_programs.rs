@@ -291,6 +291,11 @@ fn callbacks_cannot_wait_for_themselves() {
 }
 
 #[test]
+fn the_kernel_reads_a_backing_file_by_itself() {
+    c_test("passthrough");
+}
+
+#[test]
 fn the_log_goes_where_it_was_sent() {
     c_test("log");
 }

@@ -2,6 +2,7 @@
 
 use std::ffi::{c_char, c_int, c_void};
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, OnceLock};
 
 use super::error::{c_text, invalid};
@@ -196,6 +197,14 @@ pub struct blkfuse_driver_ops {
     /// The export has gone; no callback is running or will follow. Called
     /// once for each successful blkfuse_export_create().
     pub deleted: Option<unsafe extern "C" fn(opaque: *mut c_void)>,
+
+    /// A descriptor of the regular file whose bytes are the device's, each at
+    /// its own offset, for the property "passthrough"; or a negative errno:
+    /// there is none. It stays the host's, must stay open until `deleted`, and
+    /// may be opened in any mode: the kernel opens the file anew for each
+    /// client. Called by blkfuse_export_start() and blkfuse_export_resized().
+    /// NULL: there is none.
+    pub backing_fd: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
 }
 
 /// The most that a host may want with each request.
@@ -380,6 +389,15 @@ impl BlockDriver for CDriver {
             write: self.host.ops.write.is_some(),
             truncate: self.host.ops.truncate.is_some(),
         }
+    }
+
+    fn backing_file(&self) -> Option<BorrowedFd<'_>> {
+        let backing_fd = self.host.ops.backing_fd?;
+        // SAFETY: see above.
+        let fd = unsafe { backing_fd(self.host.opaque) };
+        // SAFETY: the host promises a descriptor that is open until `deleted`,
+        // which is called no sooner than `self` is dropped.
+        (fd >= 0).then(|| unsafe { BorrowedFd::borrow_raw(fd) })
     }
 
     async fn read(&self, io: &Io<'_>, buf: &mut ReadBuf<'_>, offset: u64) -> io::Result<()> {

@@ -80,7 +80,8 @@ fn c_sees_the_same_structs() {
             batch_end,
             idle,
             event,
-            deleted
+            deleted,
+            backing_fd
         }
     );
     assertions!(
@@ -108,8 +109,9 @@ fn c_sees_the_same_structs() {
         text.push_str(
             "CHECK(sizeof(struct blkfuse_limits) == 16);\n\
              CHECK(sizeof(struct blkfuse_extent) == 16);\n\
-             CHECK(sizeof(struct blkfuse_driver_ops) >= 152);\n\
+             CHECK(sizeof(struct blkfuse_driver_ops) >= 160);\n\
              CHECK(offsetof(struct blkfuse_driver_ops, deleted) == 144);\n\
+             CHECK(offsetof(struct blkfuse_driver_ops, backing_fd) == 152);\n\
              CHECK(sizeof(struct blkfuse_op_stats) == 24);\n\
              CHECK(sizeof(struct blkfuse_stats) >= 384);\n\
              CHECK(offsetof(struct blkfuse_stats, latency) == 128);\n",
