@@ -242,6 +242,34 @@ fn queues_share_a_descriptor_where_there_is_no_second() {
 }
 
 #[test]
+fn passthrough_is_not_for_users() {
+    as_nobody(Fuse::Open, "", |user| {
+        let (image, at) = (
+            user.s.file("disk.img", &[1; 1000]),
+            user.s.mountpoint("disk"),
+        );
+        let why = user.refusal(args!["--passthrough", image, at]);
+        assert!(why.contains("CAP_SYS_ADMIN in the initial"), "{why}");
+        assert!(user.s.mounts().is_empty());
+        // Nor for the root of a namespace.
+        if !installed(&["unshare"]) {
+            return;
+        }
+        let probe = output("unshare", args!["-Urm", "true"]);
+        if !probe.status.success() {
+            return skip(&format!("no user namespaces: {}", text_of(&probe)));
+        }
+        let end = output(
+            "unshare",
+            args!["-Urm", user.program, "--passthrough", image, at],
+        );
+        let text = text_of(&end);
+        assert_eq!(end.status.code(), Some(1), "{text}");
+        assert!(text.contains("CAP_SYS_ADMIN in the initial"), "{text}");
+    });
+}
+
+#[test]
 fn every_signal_unmounts_what_a_user_mounted() {
     as_nobody(Fuse::Open, "", |user| {
         let at = user.s.mountpoint("disk");

@@ -2,6 +2,7 @@
 //! the main thread. All I/O is done at once, in the thread that asks.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use blkfuse::{BlockDriver, Event, Extent, Features, Io, Limits, ReadBuf};
@@ -51,6 +52,13 @@ impl BlockDriver for Backend {
                 Image::Raw(raw) => raw.can_truncate(),
                 Image::Ram(_) | Image::Null(_) => true,
             },
+        }
+    }
+
+    fn backing_file(&self) -> Option<BorrowedFd<'_>> {
+        match &*self.image {
+            Image::Raw(raw) => Some(raw.backing_file()),
+            Image::Ram(_) | Image::Null(_) => None,
         }
     }
 

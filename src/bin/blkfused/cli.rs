@@ -61,6 +61,12 @@ struct Arguments {
     #[arg(long)]
     growable: bool,
 
+    /// Have the kernel itself read the image, at its full speed; only for read-only exports of
+    /// regular files, by root. --cache and --threads then do not matter for reading, and programs
+    /// that have the file open when blkfused ends can go on reading the image
+    #[arg(long)]
+    passthrough: bool,
+
     /// Let other users open the exported file; auto means if the system permits it
     #[arg(long, value_name = "WHETHER", value_enum, default_value = "auto")]
     allow_other: Whether,
@@ -143,6 +149,7 @@ enum OnOff {
 pub struct Config {
     pub exports: Vec<Pair>,
     pub options: image::Options,
+    pub passthrough: bool,
     pub allow_other: AllowOther,
     pub serving: Serving,
     pub log_level: LevelFilter,
@@ -197,6 +204,10 @@ impl Arguments {
             return Err(Failure::new("--growable", "a read-only export cannot grow")
                 .advise("add --writable"));
         }
+        if self.passthrough && self.writable {
+            let reason = "only a read-only export can have it";
+            return Err(Failure::new("--passthrough", reason).advise("leave -w out, or it"));
+        }
         let mut exports = Vec::new();
         if let Some((image, mountpoint)) = self.image.zip(self.mountpoint) {
             exports.push((image, mountpoint));
@@ -217,6 +228,7 @@ impl Arguments {
                 cache: self.cache,
                 discard: self.discard == OnOff::On,
             },
+            passthrough: self.passthrough,
             allow_other: match self.allow_other {
                 Whether::On => AllowOther::On,
                 Whether::Off => AllowOther::Off,
@@ -305,6 +317,7 @@ mod tests {
         assert_eq!(config.exports, [pair("disk.img", "/mnt/disk")]);
         assert!(!config.options.writable && !config.options.growable && !config.options.raw);
         assert!(config.options.discard && config.options.cache.is_none());
+        assert!(!config.passthrough);
         assert_eq!(config.allow_other, AllowOther::Auto);
         assert_eq!(config.serving, Serving::default());
         assert_eq!(config.serving.io_uring, IoUring::Auto);
@@ -360,6 +373,7 @@ mod tests {
         };
         assert_eq!(config.serving, serving);
         assert_eq!(config.log_level, LevelFilter::Debug);
+        assert!(self::config(&["--passthrough", "a", "b"]).passthrough);
     }
 
     #[test]
@@ -387,6 +401,11 @@ mod tests {
         assert_eq!(
             growable.into_config().unwrap_err().to_string(),
             "--growable: a read-only export cannot grow; add --writable"
+        );
+        let passthrough = Arguments::parse_from(["blkfused", "--passthrough", "-w", "a", "b"]);
+        assert_eq!(
+            passthrough.into_config().unwrap_err().to_string(),
+            "--passthrough: only a read-only export can have it; leave -w out, or it"
         );
         let size = Arguments::parse_from(["blkfused", "ram:1X", "b"]);
         assert!(size.into_config().is_err());

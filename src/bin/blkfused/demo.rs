@@ -61,6 +61,7 @@ impl Demo {
                 cache: None,
                 discard: true,
             },
+            passthrough: false,
             allow_other: AllowOther::Auto,
             serving: Serving::default(),
             log_level: LevelFilter::Info,

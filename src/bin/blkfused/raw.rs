@@ -2,6 +2,7 @@
 
 use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
@@ -78,6 +79,11 @@ impl Raw {
     /// A block device has the length it has.
     pub fn can_truncate(&self) -> bool {
         !self.block_device
+    }
+
+    /// The image itself.
+    pub fn backing_file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     pub fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {

@@ -117,6 +117,7 @@ fn start(
     let builder = Export::builder(backend)
         .writable(config.options.writable)
         .growable(config.options.growable)
+        .passthrough(config.passthrough)
         .allow_other(config.allow_other)
         .source(pair.image.name());
     let builder = config.serving.configure(builder);
