@@ -23,6 +23,7 @@ use crate::driver::{BlockDriver, QueueInfo};
 use crate::ending::{Ending, Wait};
 use crate::error::{Error, Result};
 use crate::file::{File, FilePolicy};
+use crate::forward::Port;
 use crate::legacy::{self, Legacy};
 use crate::mount::{self, Aborter, AllowOther, Mount, MountOptions, Mounting, Unmount};
 use crate::operations::{Device, serve};
@@ -500,17 +501,19 @@ impl<D: BlockDriver> QueueStarter<D> {
                 .map_err(|e| Error::from_io("the driver cannot start a queue", &e));
         });
         started?;
+        let port = Rc::new(Port::default());
         let device = Rc::new(Device {
             driver,
             file: shared.file.clone(),
             stats: shared.stats.clone(),
             queue: index,
+            port: port.clone(),
         });
         let tasks = Tasks::new(wakeups.clone(), move |task, mailbox| {
             serve(device.clone(), task, mailbox)
         });
         let control = shared.control.clone();
-        Ok(Queue::new(index, control, wakeups, transport, tasks))
+        Ok(Queue::new(index, control, wakeups, transport, tasks, port))
     }
 }
 

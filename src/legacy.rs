@@ -22,10 +22,13 @@ use nix::unistd::{read, write};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::error::{Error, Result};
+use crate::forward::Port;
+use crate::jobring::JobRing;
 use crate::protocol::{
     Agreement, InHeader, NotifyInvalInodeOut, NotifyStoreOut, OPERATION_SIZE, Offer, OutHeader,
     ROOT_ID, negotiate, notify, opcode, operation_size,
 };
+use crate::ring::Ring;
 use crate::slot::{Reply, Slot};
 use crate::transport::{Fetched, Transport};
 use crate::wakeups::Wakeups;
@@ -242,6 +245,7 @@ pub(crate) struct Legacy {
     device: Arc<OwnedFd>,
     epoll: Epoll,
     wakeups: Arc<Wakeups>,
+    jobs: JobRing,
     #[expect(clippy::vec_box, reason = "slots travel as boxes")]
     free: Vec<Box<Slot>>,
     made: usize,
@@ -250,6 +254,7 @@ pub(crate) struct Legacy {
 
 const EVENT_DEVICE: u64 = 0;
 const EVENT_WAKEUP: u64 = 1;
+const EVENT_JOB: u64 = 2;
 
 impl Legacy {
     /// `device` is made non-blocking.
@@ -269,6 +274,7 @@ impl Legacy {
             device,
             epoll,
             wakeups,
+            jobs: JobRing::Unmade,
             free: Vec::with_capacity(SLOTS),
             made: 0,
             capacity: max_request.max(MIN_READ_BUFFER),
@@ -430,6 +436,15 @@ impl Transport for Legacy {
         Ok(())
     }
 
+    fn carry(&mut self, port: &Port) -> Result<()> {
+        if let Some(ring) = self.jobs.make(|| Ring::for_epoll(SLOTS)) {
+            let watch = EpollEvent::new(EpollFlags::EPOLLIN, EVENT_JOB);
+            let watched = self.epoll.add(ring, watch);
+            watched.map_err(|e| failed("cannot watch the io_uring for forwarded requests", e))?;
+        }
+        self.jobs.carry(port)
+    }
+
     fn want_requests(&mut self, wanted: bool) -> Result<()> {
         let result = if wanted {
             self.watch()
@@ -440,7 +455,7 @@ impl Transport for Legacy {
     }
 
     fn wait(&mut self) -> Result<()> {
-        let mut events = [EpollEvent::empty(); 2];
+        let mut events = [EpollEvent::empty(); 3];
         match self.epoll.wait(&mut events, EpollTimeout::NONE) {
             Ok(n) => {
                 if events[..n].iter().any(|e| e.data() == EVENT_WAKEUP) {
