@@ -8,11 +8,16 @@
 //! a future which the queue's executor polls again after it was woken, from
 //! whatever thread.
 
-use std::future::Future;
+use std::cell::Cell;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use crate::slot::Traces;
+use nix::errno::Errno;
+
+use crate::forward::{Call, Port, What};
+use crate::region::Keeper;
+use crate::slot::{Payload, Traces};
 
 /// A block device, as the engine sees it.
 ///
@@ -174,16 +179,21 @@ pub(crate) fn unsupported() -> io::Result<()> {
 pub struct Io<'a> {
     queue: usize,
     slot: usize,
-    // The lifetime is that of the request; it keeps an `Io` from outliving it.
-    _request: std::marker::PhantomData<&'a ()>,
+    port: &'a Port,
+    /// The request's.
+    payload: Payload,
+    /// How many jobs were left at the port and not seen to their end.
+    unfinished: Cell<usize>,
 }
 
-impl Io<'_> {
-    pub(crate) fn new(queue: usize, slot: usize) -> Self {
+impl<'a> Io<'a> {
+    pub(crate) fn new(queue: usize, slot: usize, port: &'a Port, payload: Payload) -> Self {
         Self {
             queue,
             slot,
-            _request: std::marker::PhantomData,
+            port,
+            payload,
+            unfinished: Cell::new(0),
         }
     }
 
@@ -196,6 +206,166 @@ impl Io<'_> {
     /// [`QueueInfo::slots`], and no other request's as long as this one lasts.
     pub fn slot(&self) -> usize {
         self.slot
+    }
+
+    /// Reads from `offset` of `file` what `buf` lacks, but no more than `len`
+    /// bytes. Returns how many: fewer only if the file ends there. What was
+    /// read before an error counts as filled.
+    pub async fn read_at(
+        &self,
+        file: BorrowedFd<'_>,
+        buf: &mut ReadBuf<'_>,
+        len: usize,
+        offset: u64,
+    ) -> io::Result<usize> {
+        let len = len.min(buf.len() - buf.filled());
+        check_range(offset, len as u64)?;
+        let mut done = 0;
+        while done < len {
+            let (to, len) = buf.lend(len - done);
+            let what = What::Read { to, len };
+            // SAFETY: the memory is lent: until it is taken back, which is
+            // after the end of the job, nobody gets at it through `buf`.
+            let read = unsafe { self.job(file, what, offset + done as u64) }.await;
+            buf.take_back();
+            let read = read?;
+            if read == 0 {
+                break;
+            }
+            buf.advance(read);
+            done += read;
+        }
+        Ok(done)
+    }
+
+    /// Writes all of `data` at `offset` of `file`.
+    pub async fn write_at(&self, file: BorrowedFd<'_>, data: &[u8], offset: u64) -> io::Result<()> {
+        check_range(offset, data.len() as u64)?;
+        let mut done = 0;
+        while done < data.len() {
+            let rest = &data[done..];
+            let (from, len) = (rest.as_ptr(), rest.len());
+            let what = What::Write { from, len };
+            // SAFETY: `data` is borrowed, and what of it is the request's stays
+            // as it is until the engine has settled with the port.
+            match unsafe { self.job(file, what, offset + done as u64) }.await? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                n => done += n,
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes what was written to `file` durable; with `data_only`, not such
+    /// attributes as nobody needs to read it back: as fdatasync(2).
+    pub async fn sync(&self, file: BorrowedFd<'_>, data_only: bool) -> io::Result<()> {
+        // SAFETY: no memory is spoken of.
+        let synced = unsafe { self.job(file, What::Sync { data_only }, 0) };
+        synced.await.map(drop)
+    }
+
+    /// Punches a hole into `file`: the range's storage is given back, and it
+    /// reads as zeroes. The length of the file stays. Unsupported: the file
+    /// cannot do that, or not for this range.
+    pub async fn discard(&self, file: BorrowedFd<'_>, offset: u64, bytes: u64) -> io::Result<()> {
+        self.allocate(file, What::Discard { bytes }, offset, bytes)
+            .await
+    }
+
+    /// Makes the range of `file` read as zeroes, while its storage stays or
+    /// becomes allocated. The length of the file stays. Unsupported: as for
+    /// [`discard`](Self::discard).
+    pub async fn write_zeroes(
+        &self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        bytes: u64,
+    ) -> io::Result<()> {
+        self.allocate(file, What::WriteZeroes { bytes }, offset, bytes)
+            .await
+    }
+
+    async fn allocate(
+        &self,
+        file: BorrowedFd<'_>,
+        what: What,
+        offset: u64,
+        bytes: u64,
+    ) -> io::Result<()> {
+        check_range(offset, bytes)?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: no memory is spoken of.
+        match unsafe { self.job(file, what, offset) }.await {
+            // The range is fine: a device does this by whole sectors only.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => unsupported(),
+            result => result.map(drop),
+        }
+    }
+
+    /// One system call's worth. May transfer less than was asked for.
+    ///
+    /// # Safety
+    ///
+    /// The memory that `what` speaks of must be valid, and be used by nobody
+    /// else (for a write: changed by nobody), as long as the future lives, and
+    /// what of it is the request's also after that, until
+    /// [`settled`](Self::settled).
+    async unsafe fn job(&self, file: BorrowedFd<'_>, what: What, offset: u64) -> io::Result<usize> {
+        // SAFETY: the caller's promise; `file` is open as long as this runs.
+        let call = unsafe { Call::new(file, what, offset) };
+        let (mut in_ring, keeper) = self.keeper_of(&what);
+        loop {
+            let result = if in_ring {
+                // SAFETY: the memory, if any, is the request's: whatever
+                // becomes of this future, nobody uses it until the engine has
+                // settled with the port, and it stays mapped.
+                unsafe {
+                    let keeper = keeper.clone();
+                    self.port
+                        .leave(self.slot, &self.unfinished, file, call, keeper)
+                }
+                .await
+            } else {
+                call.run()
+            };
+            match result {
+                Err(Errno::EINTR) => {}
+                // To be had only by waiting.
+                Err(Errno::EAGAIN) if in_ring => in_ring = false,
+                result => return result.map_err(io::Error::from),
+            }
+        }
+    }
+
+    /// Whether what a job speaks of can be kept if this future is dropped, and
+    /// how: only the request's own memory can.
+    fn keeper_of(&self, what: &What) -> (bool, Option<Keeper>) {
+        let (start, len) = match *what {
+            What::Read { to, len } => (to.addr(), len),
+            What::Write { from, len } => (from.addr(), len),
+            _ => return (true, None),
+        };
+        let keeper = self.payload.keeper_of(start, len);
+        (keeper.is_some(), keeper)
+    }
+
+    /// Waits until no job of the request is in flight, though nobody waits for
+    /// it any more: a driver may have dropped a future midway.
+    pub(crate) async fn settled(&self) {
+        if self.unfinished.get() > 0 {
+            poll_fn(|cx| self.port.settle(self.slot, cx.waker())).await;
+            self.unfinished.set(0);
+        }
+    }
+}
+
+/// Refuses what no file has, and what would mean something else to the kernel.
+fn check_range(offset: u64, bytes: u64) -> io::Result<()> {
+    match offset.checked_add(bytes) {
+        Some(end) if i64::try_from(end).is_ok() => Ok(()),
+        _ => Err(Errno::EINVAL.into()),
     }
 }
 
@@ -210,13 +380,21 @@ pub struct QueueInfo {
 
 /// Where a read's bytes go: a part of the request's own payload.
 ///
-/// It holds what an earlier request left there. Therefore a read that
-/// succeeds without having touched it is answered with `EIO`.
+/// It is filled from its beginning, all at once or piece by piece. It holds
+/// what an earlier request left there; therefore a read that succeeds without
+/// having filled it is answered with `EIO`.
+///
+/// While [`Io::read_at`] works on it nobody else can, also if its future was
+/// dropped midway: then whatever would touch the bytes panics, and the request
+/// can only fail.
 #[derive(Debug)]
 pub struct ReadBuf<'a> {
     data: &'a mut [u8],
     traces: &'a mut Traces,
-    filled: bool,
+    /// How many bytes have been set.
+    filled: usize,
+    /// The kernel is, or may be, writing to what is not filled.
+    lent: bool,
 }
 
 impl<'a> ReadBuf<'a> {
@@ -225,7 +403,8 @@ impl<'a> ReadBuf<'a> {
         Self {
             data,
             traces,
-            filled: false,
+            filled: 0,
+            lent: false,
         }
     }
 
@@ -238,29 +417,78 @@ impl<'a> ReadBuf<'a> {
         self.data.len()
     }
 
-    /// The bytes, all of which the driver must set.
+    /// The bytes, all of which the driver must set; they count as filled.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        self.filled = true;
+        self.check_not_lent();
+        self.filled = self.data.len();
         self.traces.wrote(self.data.len());
         self.data
     }
 
     /// Sets all bytes to zero, at no cost where they are known to be.
     pub fn zero(&mut self) {
-        self.filled = true;
-        let len = self.data.len();
-        self.data[..self.traces.dirty.min(len)].fill(0);
+        self.check_not_lent();
+        self.filled = 0;
+        self.zero_rest();
+    }
+
+    /// Sets to zero what is not filled yet.
+    pub fn zero_rest(&mut self) {
+        self.check_not_lent();
+        let (start, len) = (self.filled, self.data.len());
+        self.filled = len;
+        let dirty = self.traces.dirty.clamp(start, len);
+        self.data[start..dirty].fill(0);
         if self.traces.untouched < len {
-            self.data[self.traces.untouched..].fill(0);
+            self.data[self.traces.untouched.max(start)..].fill(0);
             self.traces.untouched = len;
         }
         if self.traces.dirty <= len {
-            self.traces.dirty = 0;
+            self.traces.dirty = self.traces.dirty.min(start);
         }
     }
 
-    pub(crate) fn is_filled(&self) -> bool {
+    /// How many bytes, from the first on, have been set.
+    pub fn filled(&self) -> usize {
         self.filled
+    }
+
+    /// What has not been set yet; [`advance`](Self::advance) says how much of
+    /// it is.
+    pub fn unfilled(&mut self) -> &mut [u8] {
+        self.check_not_lent();
+        self.traces.wrote(self.data.len());
+        &mut self.data[self.filled..]
+    }
+
+    /// The next `bytes` bytes have been set.
+    pub fn advance(&mut self, bytes: usize) {
+        self.check_not_lent();
+        let filled = self.filled + bytes;
+        assert!(filled <= self.data.len(), "more than the buffer holds");
+        self.filled = filled;
+    }
+
+    pub(crate) fn is_filled(&self) -> bool {
+        self.filled == self.data.len() && !self.lent
+    }
+
+    /// At most `len` of the bytes that are not filled, for the kernel to write
+    /// to until they are taken back.
+    fn lend(&mut self, len: usize) -> (*mut u8, usize) {
+        self.check_not_lent();
+        self.lent = true;
+        self.traces.wrote(self.filled + len);
+        let bytes = &mut self.data[self.filled..][..len];
+        (bytes.as_mut_ptr(), len)
+    }
+
+    fn take_back(&mut self) {
+        self.lent = false;
+    }
+
+    fn check_not_lent(&self) {
+        assert!(!self.lent, "a read into this buffer has been given up");
     }
 }
 

@@ -22,10 +22,13 @@ use nix::unistd::{read, write};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::error::{Error, Result};
+use crate::forward::Port;
+use crate::jobring::JobRing;
 use crate::protocol::{
     Agreement, InHeader, InitReply, NotifyInvalInodeOut, NotifyStoreOut, OPERATION_SIZE, Offer,
     OutHeader, ROOT_ID, negotiate, notify, opcode, operation_size,
 };
+use crate::ring::Ring;
 use crate::slot::{Reply, Slot};
 use crate::transport::{Fetched, Transport};
 use crate::wakeups::Wakeups;
@@ -263,6 +266,7 @@ pub(crate) struct Legacy {
     device: Arc<OwnedFd>,
     epoll: Epoll,
     wakeups: Arc<Wakeups>,
+    jobs: JobRing,
     #[expect(clippy::vec_box, reason = "slots travel as boxes")]
     free: Vec<Box<Slot>>,
     made: usize,
@@ -273,6 +277,7 @@ pub(crate) struct Legacy {
 
 const EVENT_DEVICE: u64 = 0;
 const EVENT_WAKEUP: u64 = 1;
+const EVENT_JOB: u64 = 2;
 
 impl Legacy {
     /// `device` is made non-blocking. It is not watched before requests are
@@ -293,6 +298,7 @@ impl Legacy {
             device,
             epoll,
             wakeups,
+            jobs: JobRing::Unmade,
             free: Vec::with_capacity(SLOTS),
             made: 0,
             capacity: max_request.max(MIN_READ_BUFFER),
@@ -459,6 +465,15 @@ impl Transport for Legacy {
         Ok(())
     }
 
+    fn carry(&mut self, port: &Port) -> Result<()> {
+        if let Some(ring) = self.jobs.make(|| Ring::for_epoll(SLOTS)) {
+            let watch = EpollEvent::new(EpollFlags::EPOLLIN, EVENT_JOB);
+            let watched = self.epoll.add(ring, watch);
+            watched.map_err(|e| failed("cannot watch the io_uring for forwarded requests", e))?;
+        }
+        self.jobs.carry(port)
+    }
+
     fn want_requests(&mut self, wanted: bool) -> Result<()> {
         if wanted == self.watches {
             return Ok(());
@@ -476,7 +491,7 @@ impl Transport for Legacy {
     }
 
     fn wait(&mut self) -> Result<()> {
-        let mut events = [EpollEvent::empty(); 2];
+        let mut events = [EpollEvent::empty(); 3];
         match self.epoll.wait(&mut events, EpollTimeout::NONE) {
             Ok(n) => {
                 if events[..n].iter().any(|e| e.data() == EVENT_WAKEUP) {

@@ -18,6 +18,7 @@ use crate::control::{Owned, panic_message};
 use crate::driver::{BlockDriver, Extent, Io};
 use crate::error::errno_of;
 use crate::file::{Changes, File, NewTime};
+use crate::forward::Port;
 use crate::protocol::{
     AttrOut, LseekOut, MAX_LENGTH, OpenOut, SetattrIn, StatfsOut, WriteOut, open_flag, set,
 };
@@ -38,6 +39,8 @@ pub(crate) struct Device<D> {
     pub(crate) file: Arc<File>,
     pub(crate) stats: Arc<AllStats>,
     pub(crate) queue: usize,
+    /// Where requests leave what is to be done with other descriptors.
+    pub(crate) port: Rc<Port>,
 }
 
 /// A task: serves the requests that arrive in the mailbox, for ever. `index` is
@@ -54,7 +57,7 @@ pub(crate) async fn serve<D: BlockDriver>(
         let start = Instant::now();
         let request = Request {
             device: &device,
-            io: Io::new(device.queue, index),
+            io: Io::new(device.queue, index, &device.port, slot.payload()),
         };
         let decoded = decode(
             &slot.header,
@@ -67,6 +70,7 @@ pub(crate) async fn serve<D: BlockDriver>(
             Ok(operation) => caught(request.handle(operation, &mut slot)).await,
             Err(errno) => Ok(Err(errno)),
         };
+        request.io.settled().await;
         let (outcome, panic) = match outcome {
             Ok(outcome) => (outcome, None),
             Err(message) => (Err(libc::EIO), Some(message)),
@@ -195,6 +199,8 @@ impl<D: BlockDriver> Request<'_, D> {
         let (inside, len) = begun.inspect_err(|_| self.file().write_failed(end))?;
         let data = &slot.data()[..len];
         let result = self.driver().write(&self.io, data, offset).await;
+        // The answer takes the place of the data.
+        self.io.settled().await;
         if result.is_ok() {
             self.file().written(offset + len as u64);
         }

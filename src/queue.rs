@@ -5,10 +5,12 @@
 //! thread of the library's own repeats it and sleeps in between.
 
 use std::collections::VecDeque;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::control::{Control, Phase, Unfinished};
 use crate::error::Error;
+use crate::forward::{JOBS_AT_ONCE, Port};
 use crate::slot::{Reply, Slot};
 use crate::task::{Answered, Tasks};
 use crate::transport::{Fetched, Transport};
@@ -35,6 +37,7 @@ pub(crate) struct Queue<T> {
     wakeups: Arc<Wakeups>,
     transport: T,
     tasks: Tasks,
+    port: Rc<Port>,
     /// Requests that arrived in a drain, to be served after it.
     parked: VecDeque<Box<Slot>>,
     in_flight: usize,
@@ -57,13 +60,15 @@ impl Queue<Box<dyn Transport>> {
 }
 
 impl<T: Transport> Queue<T> {
-    /// `tasks`: as many as the transport has slots.
+    /// `tasks`: as many as the transport has slots; they leave their jobs at
+    /// `port`.
     pub(crate) fn new(
         index: usize,
         control: Arc<Control>,
         wakeups: Arc<Wakeups>,
         transport: T,
         tasks: Tasks,
+        port: Rc<Port>,
     ) -> Self {
         let mut queue = Self {
             index,
@@ -72,6 +77,7 @@ impl<T: Transport> Queue<T> {
             wakeups,
             transport,
             tasks,
+            port,
             parked: VecDeque::new(),
             in_flight: 0,
             wants_requests: true,
@@ -108,6 +114,9 @@ impl<T: Transport> Queue<T> {
 
     fn run(&mut self, budget: usize) -> Progress {
         let wakeups = self.wakeups.clone();
+        if self.port.in_flight() > 0 {
+            self.carry();
+        }
         wakeups.take(|task| self.resume(task));
         if self.is_ending() {
             return self.finish();
@@ -130,6 +139,7 @@ impl<T: Transport> Queue<T> {
         if self.is_ending() {
             return self.finish();
         }
+        self.carry_if(1);
         self.listen();
         if begun == budget || wakeups.is_needed() {
             Progress::More
@@ -201,6 +211,7 @@ impl<T: Transport> Queue<T> {
     }
 
     fn answer(&mut self, answered: Option<Answered>) {
+        self.carry_if(JOBS_AT_ONCE);
         let Some(Answered { slot, panic }) = answered else {
             return;
         };
@@ -209,6 +220,19 @@ impl<T: Transport> Queue<T> {
         self.leave();
         if let Some(message) = panic {
             self.control.panicked(&message);
+        }
+    }
+
+    /// Has jobs carried out if at least `least` wait.
+    fn carry_if(&mut self, least: usize) {
+        if self.port.waiting() >= least {
+            self.carry();
+        }
+    }
+
+    fn carry(&mut self) {
+        if let Err(error) = self.transport.carry(&self.port) {
+            self.broken(error);
         }
     }
 
@@ -268,6 +292,7 @@ impl<T: Transport> Queue<T> {
             self.refuse(slot);
             refused += 1;
         }
+        self.carry_if(1);
         self.listen();
         if refused == BUDGET || self.wakeups.is_needed() {
             Progress::More

@@ -19,7 +19,7 @@ pub(crate) struct Piece {
     start: NonNull<u8>,
     len: usize,
     /// Keeps the mapping; never dereferenced, since its parts have owners.
-    _mapping: Arc<Mapping>,
+    mapping: Arc<Mapping>,
 }
 
 /// A mapping that was given away in pieces.
@@ -40,6 +40,18 @@ impl Piece {
         let mut pieces = pieces(len, 1, false)?;
         Ok(pieces.remove(0))
     }
+
+    pub(crate) fn keeper(&self) -> Keeper {
+        Keeper {
+            _mapping: self.mapping.clone(),
+        }
+    }
+}
+
+/// Keeps the mapping that a piece lies in, though the piece itself may go.
+#[derive(Debug, Clone)]
+pub(crate) struct Keeper {
+    _mapping: Arc<Mapping>,
 }
 
 /// `count` pieces of `len` bytes each, which lie in one mapping. `len` is a
@@ -60,7 +72,7 @@ pub(crate) fn pieces(len: usize, count: usize, huge: bool) -> io::Result<Vec<Pie
         // SAFETY: `n` is less than `count`, so this stays within the mapping.
         start: unsafe { start.add(n * len) },
         len,
-        _mapping: mapping.clone(),
+        mapping: mapping.clone(),
     };
     Ok((0..count).map(piece).collect())
 }

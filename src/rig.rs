@@ -14,6 +14,7 @@ use zerocopy::IntoBytes;
 use crate::control::{Control, Latch, Owned};
 use crate::driver::{BlockDriver, Event, Extent, Io, ReadBuf};
 use crate::file::{File, FilePolicy};
+use crate::forward::Port;
 use crate::operations::{Device, serve};
 use crate::protocol::{FallocateIn, LseekIn, ReadIn, SetattrIn, WriteIn, opcode, set};
 use crate::queue::{Progress, Queue};
@@ -204,17 +205,19 @@ impl Rig {
         let file = Arc::new(File::new(policy, length, 1));
         // As after the look at the attributes that comes before an open.
         file.tell(length);
+        let port = Rc::new(Port::default());
         let device = Rc::new(Device {
             driver,
             file: file.clone(),
             stats: Arc::new(AllStats::new(1)),
             queue: 0,
+            port: port.clone(),
         });
         let tasks = Tasks::new(wakeups.clone(), move |task, mailbox| {
             serve(device.clone(), task, mailbox)
         });
         let transport = Memory::new(SLOTS, CAPACITY);
-        let queue = Queue::new(0, control.clone(), wakeups, transport, tasks);
+        let queue = Queue::new(0, control.clone(), wakeups, transport, tasks, port);
         control.announce();
         disk.events.lock().clear();
         Self {

@@ -5,13 +5,15 @@
 //! (`SINGLE_ISSUER`), and the kernel does everything it has to do for that
 //! thread while the thread is inside `io_uring_enter`, and at no other time
 //! (`DEFER_TASKRUN`). That doubles the speed at depth 16, and it is what the
-//! lifetime of a FUSE entry's memory rests on (uring.rs).
+//! lifetime of a FUSE entry's memory rests on (uring.rs). A thread that sleeps
+//! elsewhere, in epoll, has to have it done in whatever system call it is in
+//! (`COOP_TASKRUN`).
 //!
 //! Behaviour: io_uring_setup(2), io_uring_enter(2); FUSE wants entries of 128
 //! bytes, and `SUBMIT_ALL`, so that one bad entry does not hold up the rest.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use io_uring::squeue::Entry128;
 use io_uring::{IoUring, cqueue, opcode, types};
@@ -95,6 +97,8 @@ impl Command<'_> {
     }
 }
 
+type Builder = io_uring::Builder<Entry128, cqueue::Entry>;
+
 /// An io_uring.
 pub(crate) struct Ring {
     inner: IoUring<Entry128, cqueue::Entry>,
@@ -104,16 +108,31 @@ impl Ring {
     /// A ring for the calling thread that may have `in_flight` entries in the
     /// kernel at once.
     pub(crate) fn new(in_flight: usize) -> io::Result<Self> {
+        Self::build(in_flight, |builder| {
+            builder.setup_defer_taskrun();
+        })
+    }
+
+    /// As [`new`](Self::new), for a thread that does not sleep in the ring but
+    /// until its descriptor is readable.
+    pub(crate) fn for_epoll(in_flight: usize) -> io::Result<Self> {
+        Self::build(in_flight, |builder| {
+            builder.setup_coop_taskrun();
+        })
+    }
+
+    fn build(in_flight: usize, run_tasks: impl FnOnce(&mut Builder)) -> io::Result<Self> {
         let completions = u32::try_from(in_flight).unwrap_or(MOST_COMPLETIONS);
         let completions = completions.clamp(2 * SUBMISSIONS, MOST_COMPLETIONS);
-        let inner = IoUring::builder()
+        let mut builder = IoUring::builder();
+        builder
             .dontfork()
             .setup_submit_all()
             .setup_single_issuer()
-            .setup_defer_taskrun()
             .setup_taskrun_flag()
-            .setup_cqsize(completions)
-            .build(SUBMISSIONS)?;
+            .setup_cqsize(completions);
+        run_tasks(&mut builder);
+        let inner = builder.build(SUBMISSIONS)?;
         Ok(Self { inner })
     }
 
@@ -208,6 +227,13 @@ impl Ring {
     /// Whether something is queued that the kernel has not been told.
     pub(crate) fn is_unsubmitted(&mut self) -> bool {
         !self.inner.submission().is_empty()
+    }
+}
+
+impl AsFd for Ring {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the ring's descriptor is open as long as the ring is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.inner.as_raw_fd()) }
     }
 }
 

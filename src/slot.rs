@@ -7,12 +7,13 @@
 //! box.
 
 use std::io;
+use std::ops::Range;
 
 use zerocopy::{Immutable, IntoBytes};
 
 use crate::driver::ReadBuf;
 use crate::protocol::{InHeader, OPERATION_SIZE};
-use crate::region::Piece;
+use crate::region::{Keeper, Piece};
 use crate::request::Errno;
 
 /// How a request is to be answered.
@@ -56,6 +57,21 @@ pub(crate) struct RingOrigin {
     pub(crate) commit_id: u64,
 }
 
+/// Where a payload is, which stays mapped as long as anybody has this.
+#[derive(Debug)]
+pub(crate) struct Payload {
+    addresses: Range<usize>,
+    keeper: Keeper,
+}
+
+impl Payload {
+    /// What keeps `len` bytes at the address `start`, if they are in it.
+    pub(crate) fn keeper_of(&self, start: usize, len: usize) -> Option<Keeper> {
+        let has = start >= self.addresses.start && start + len <= self.addresses.end;
+        has.then(|| self.keeper.clone())
+    }
+}
+
 /// A request's place, from its arrival to its answer.
 #[derive(Debug)]
 pub(crate) struct Slot {
@@ -93,6 +109,15 @@ impl Slot {
 
     pub(crate) fn capacity(&self) -> usize {
         self.memory.len() - FRONT
+    }
+
+    /// Where the payload is, all of it.
+    pub(crate) fn payload(&self) -> Payload {
+        let bytes = self.memory[FRONT..].as_ptr_range();
+        Payload {
+            addresses: bytes.start.addr()..bytes.end.addr(),
+            keeper: self.memory.keeper(),
+        }
     }
 
     pub(crate) fn payload_len(&self) -> usize {

@@ -33,6 +33,7 @@ use crate::driver::{BlockDriver, Limits, QueueInfo};
 use crate::error::{Error, Result};
 use crate::export::{Export, Shared, join};
 use crate::file::{File, FilePolicy};
+use crate::forward::Port;
 use crate::legacy::{self, Init, Legacy};
 use crate::mount::{self, Aborter, AllowOther, MountOptions, Mounting, Outcome, Probe};
 use crate::operations::{Device, serve};
@@ -575,7 +576,7 @@ struct QueueStarter<D> {
 
 /// What a queue's thread has made before it is told how to serve.
 struct Opened {
-    legacy: Legacy,
+    legacy: Box<Legacy>,
     ring: Option<Prepared>,
     /// Why there is no ring though there should be one.
     lack: Option<Error>,
@@ -649,7 +650,7 @@ impl<D: BlockDriver> QueueStarter<D> {
             None => (None, None),
         };
         Ok(Opened {
-            legacy,
+            legacy: Box::new(legacy),
             ring,
             lack,
             _started: self.tell_driver()?,
@@ -679,32 +680,34 @@ impl<D: BlockDriver> QueueStarter<D> {
     /// The transport to serve, and why it is not the ring that it should be.
     fn transport(
         &self,
-        legacy: Legacy,
+        legacy: Box<Legacy>,
         ring: Option<Prepared>,
         order: Order,
     ) -> (Box<dyn Transport>, Option<Error>) {
         match ring.filter(|_| order == Order::Register) {
-            None => (Box::new(legacy), None),
+            None => (legacy, None),
             // One is enough for what little still comes by /dev/fuse.
             Some(ring) => match ring.register(legacy, self.wakeups.clone(), self.index == 0) {
                 Ok(uring) => (Box::new(uring), None),
-                Err((error, legacy)) => (Box::new(legacy), Some(error)),
+                Err((error, legacy)) => (legacy, Some(error)),
             },
         }
     }
 
     fn queue(self, transport: Box<dyn Transport>) -> Queue<Box<dyn Transport>> {
+        let port = Rc::new(Port::default());
         let device = Rc::new(Device {
             driver: self.driver,
             file: self.shared.file.clone(),
             stats: self.shared.stats.clone(),
             queue: self.index,
+            port: port.clone(),
         });
         let tasks = Tasks::new(self.wakeups.clone(), move |task, mailbox| {
             serve(device.clone(), task, mailbox)
         });
         let control = self.shared.control.clone();
-        Queue::new(self.index, control, self.wakeups, transport, tasks)
+        Queue::new(self.index, control, self.wakeups, transport, tasks, port)
     }
 }
 

@@ -4,6 +4,7 @@
 //! tell by which transport a request came.
 
 use crate::error::Error;
+use crate::forward::Port;
 use crate::slot::Slot;
 
 /// What came of looking for a request.
@@ -35,6 +36,12 @@ pub(crate) trait Transport {
     /// Sends what was committed. Does not block.
     fn flush(&mut self) -> Result<(), Error>;
 
+    /// Begins the jobs that wait at the port, and reports those that are done.
+    /// They are the kernel's when this returns, or with the next
+    /// [`flush`](Self::flush) or [`wait`](Self::wait), which those that are done
+    /// wake up, too. Does not block, where there is an io_uring.
+    fn carry(&mut self, port: &Port) -> Result<(), Error>;
+
     /// Whether requests are wanted: what [`wait`](Self::wait) wakes up for.
     fn want_requests(&mut self, wanted: bool) -> Result<(), Error>;
 
@@ -59,6 +66,9 @@ impl Transport for Box<dyn Transport> {
     }
     fn flush(&mut self) -> Result<(), Error> {
         (**self).flush()
+    }
+    fn carry(&mut self, port: &Port) -> Result<(), Error> {
+        (**self).carry(port)
     }
     fn want_requests(&mut self, wanted: bool) -> Result<(), Error> {
         (**self).want_requests(wanted)
@@ -187,6 +197,11 @@ pub(crate) mod memory {
         }
 
         fn flush(&mut self) -> Result<(), Error> {
+            Ok(())
+        }
+
+        fn carry(&mut self, port: &Port) -> Result<(), Error> {
+            port.run();
             Ok(())
         }
 

@@ -38,6 +38,7 @@ use slab::Slab;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::error::{Error, Result};
+use crate::forward::Port;
 use crate::legacy::{self, Legacy};
 use crate::plan::Plan;
 use crate::protocol::{InHeader, OPERATION_SIZE, OutHeader, opcode};
@@ -83,6 +84,8 @@ mod mark {
     pub(super) const WAKE: u64 = 1;
     /// /dev/fuse has something.
     pub(super) const DEVICE: u64 = 2;
+    /// A job; the rest is its number.
+    pub(super) const JOB: u64 = 3;
 }
 
 /// What the queues of one export share.
@@ -201,15 +204,16 @@ impl Prepared {
     /// fails it is given back, to serve everything.
     pub(crate) fn register(
         self,
-        legacy: Legacy,
+        legacy: Box<Legacy>,
         wakeups: Arc<Wakeups>,
         reads_device: bool,
-    ) -> std::result::Result<Uring, (Error, Legacy)> {
+    ) -> std::result::Result<Uring, (Error, Box<Legacy>)> {
         let mut uring = Uring {
             ring: self.ring,
             legacy,
             in_kernel: Slab::with_capacity(self.slots.len()),
             arrived: VecDeque::new(),
+            jobs_done: Vec::new(),
             share: self.share,
             wakeups,
             reads_device,
@@ -231,7 +235,9 @@ pub(crate) struct Uring {
     in_kernel: Slab<Box<Slot>>,
     /// The requests that have come and were not fetched yet.
     arrived: VecDeque<Box<Slot>>,
-    legacy: Legacy,
+    /// The jobs that are done, with their results, and were not reported yet.
+    jobs_done: Vec<(usize, i32)>,
+    legacy: Box<Legacy>,
     share: Arc<Share>,
     wakeups: Arc<Wakeups>,
     reads_device: bool,
@@ -314,6 +320,7 @@ impl Uring {
     }
 
     fn completed(&mut self, completion: Completion) -> Result<()> {
+        let number = (completion.mark >> mark::BITS) as usize;
         match completion.mark & ((1 << mark::BITS) - 1) {
             mark::WAKE if !completion.more => self.watch(mark::WAKE),
             mark::WAKE => Ok(()),
@@ -321,7 +328,11 @@ impl Uring {
                 self.device_is_ready = true;
                 Ok(())
             }
-            _ => self.entry_completed((completion.mark >> mark::BITS) as usize, completion.result),
+            mark::JOB => {
+                self.jobs_done.push((number, completion.result));
+                Ok(())
+            }
+            _ => self.entry_completed(number, completion.result),
         }
     }
 
@@ -509,6 +520,24 @@ impl Transport for Uring {
         Ok(())
     }
 
+    fn carry(&mut self, port: &Port) -> Result<()> {
+        self.reap()?;
+        for (job, result) in self.jobs_done.drain(..) {
+            port.done(job, result);
+        }
+        while let Some(job) = port.take() {
+            let mark = (job.id as u64) << mark::BITS | mark::JOB;
+            let entry = job.entry().user_data(mark);
+            // SAFETY: who left the job at the port has promised that what it
+            // speaks of stays valid until it is reported as done.
+            if unsafe { self.ring.push(&entry.into()) }.is_err() {
+                // The kernel has no memory for it now.
+                port.done(job.id, job.run());
+            }
+        }
+        self.flush()
+    }
+
     fn want_requests(&mut self, _: bool) -> Result<()> {
         // Those that come while they are not wanted are kept in `arrived`, and
         // an entry comes only once. /dev/fuse is not watched while it is ready.
@@ -516,11 +545,14 @@ impl Transport for Uring {
     }
 
     fn wait(&mut self) -> Result<()> {
+        if !self.jobs_done.is_empty() {
+            return self.flush();
+        }
         self.ring.wait().map_err(|e| failed("wait", &e))?;
         self.reap()
     }
 
     fn fall_back(self: Box<Self>) -> Box<dyn Transport> {
-        Box::new(self.legacy)
+        self.legacy
     }
 }
