@@ -34,7 +34,7 @@ impl JobRing {
             }
         };
         match self {
-            Self::Ring(ring) => Some(ring.as_fd()),
+            Self::Ring(ring) => Some((**ring).as_fd()),
             _ => None,
         }
     }

@@ -7,10 +7,12 @@
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::control::{Control, Phase, Unfinished};
 use crate::error::Error;
 use crate::forward::{JOBS_AT_ONCE, Port};
+use crate::polling::Polling;
 use crate::slot::{Reply, Slot};
 use crate::task::{Answered, Tasks};
 use crate::transport::{Fetched, Transport};
@@ -45,6 +47,7 @@ pub(crate) struct Queue<T> {
     in_batch: bool,
     /// The connection has ended or the transport is broken.
     ended: bool,
+    polling: Polling,
     /// As long as this queue may have requests in flight.
     unfinished: Option<Unfinished>,
 }
@@ -83,6 +86,7 @@ impl<T: Transport> Queue<T> {
             wants_requests: true,
             in_batch: false,
             ended: false,
+            polling: Polling::default(),
         };
         queue.announce_wants();
         queue
@@ -93,6 +97,9 @@ impl<T: Transport> Queue<T> {
     pub(crate) fn dispatch(&mut self, budget: usize) -> Progress {
         let control = self.control.clone();
         let _marked = control.dispatching();
+        if let Err(error) = self.transport.begin() {
+            self.broken(error);
+        }
         let progress = self.run(budget);
         if self.in_batch {
             self.in_batch = false;
@@ -148,8 +155,37 @@ impl<T: Transport> Queue<T> {
         }
     }
 
-    /// Sleeps until there is something to dispatch.
+    /// Waits until there is something to dispatch; awake, as long as that pays.
     pub(crate) fn wait(&mut self) {
+        let since = Instant::now();
+        if !self.poll(since) {
+            self.sleep();
+        }
+        self.polling.waited(since.elapsed());
+    }
+
+    /// Waits awake; whether there is something to do.
+    fn poll(&mut self, since: Instant) -> bool {
+        if !self.transport.may_poll() || self.polling.budget().is_none() {
+            return false;
+        }
+        self.flush();
+        let (transport, wakeups) = (&mut self.transport, &self.wakeups);
+        let mut broken = None;
+        let found = self.polling.look(since, || {
+            wakeups.is_needed()
+                || transport.is_ready().unwrap_or_else(|error| {
+                    broken = Some(error);
+                    true
+                })
+        });
+        if let Some(error) = broken {
+            self.broken(error);
+        }
+        found
+    }
+
+    fn sleep(&mut self) {
         if !self.wakeups.fall_asleep() {
             self.flush();
             return;

@@ -27,6 +27,16 @@ pub(crate) enum Reply {
     Payload(usize),
 }
 
+impl Reply {
+    /// How many bytes of the payload it has.
+    pub(crate) fn payload_len(self) -> usize {
+        match self {
+            Reply::Payload(len) => len,
+            Reply::Nothing | Reply::Error(_) => 0,
+        }
+    }
+}
+
 /// What is known of the payload's memory.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Traces {

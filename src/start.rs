@@ -135,8 +135,12 @@ fn start_on<D: BlockDriver>(
         queues,
     ));
     let anchored_at = allowed_cpu();
-    let share = plan.map(|plan| Arc::new(Share::new(plan, queues, anchored_at)));
-    let threads = QueueThreads::start(&shared, &driver, share.as_ref(), queues)?;
+    let wakeups = (0..queues)
+        .map(|_| Wakeups::new(plan.as_ref().map_or(legacy::SLOTS, uring::slots)).map(Arc::new))
+        .collect::<nix::Result<Box<[_]>>>()
+        .map_err(|e| Error::from_io("cannot make an eventfd", &e.into()))?;
+    let share = plan.map(|plan| Arc::new(Share::new(plan, anchored_at, &wakeups)));
+    let threads = QueueThreads::start(&shared, &driver, share.as_ref(), wakeups)?;
     let began = Beginning {
         choice,
         threads: &threads,
@@ -485,17 +489,13 @@ impl QueueThreads {
         shared: &Arc<Shared>,
         driver: &Arc<Owned<D>>,
         share: Option<&Arc<Share>>,
-        queues: usize,
+        wakeups: Box<[Arc<Wakeups>]>,
     ) -> Result<Self> {
-        let slots = share.map_or(legacy::SLOTS, |share| share.slots());
-        let wakeups = (0..queues)
-            .map(|_| Wakeups::new(slots).map(Arc::new))
-            .collect::<nix::Result<Box<[_]>>>()
-            .map_err(|e| Error::from_io("cannot make an eventfd", &e.into()))?;
+        let slots = share.map_or(legacy::SLOTS, |share| uring::slots(&share.plan()));
         shared.control.set_queues(wakeups.clone());
         let mut threads = Self {
             shared: shared.clone(),
-            threads: Vec::with_capacity(queues),
+            threads: Vec::with_capacity(wakeups.len()),
         };
         for (index, wakeups) in wakeups.iter().enumerate() {
             let starter = QueueStarter {
@@ -686,8 +686,7 @@ impl<D: BlockDriver> QueueStarter<D> {
     ) -> (Box<dyn Transport>, Option<Error>) {
         match ring.filter(|_| order == Order::Register) {
             None => (legacy, None),
-            // One is enough for what little still comes by /dev/fuse.
-            Some(ring) => match ring.register(legacy, self.wakeups.clone(), self.index == 0) {
+            Some(ring) => match ring.register(legacy, self.wakeups.clone()) {
                 Ok(uring) => (Box::new(uring), None),
                 Err((error, legacy)) => (legacy, Some(error)),
             },

@@ -25,6 +25,12 @@ pub(crate) trait Transport {
     /// How many requests the queue can have in flight at most.
     fn slots(&self) -> usize;
 
+    /// The queue has something to do. Until [`flush`](Self::flush) or
+    /// [`wait`](Self::wait) it may be long, for the driver may block.
+    fn begin(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Takes one request that has arrived. Does not block.
     fn fetch(&mut self) -> Fetched;
 
@@ -45,6 +51,17 @@ pub(crate) trait Transport {
     /// Whether requests are wanted: what [`wait`](Self::wait) wakes up for.
     fn want_requests(&mut self, wanted: bool) -> Result<(), Error>;
 
+    /// Whether to wait awake may pay.
+    fn may_poll(&self) -> bool {
+        false
+    }
+
+    /// Whether there is something to fetch, or jobs are done. Cheap, for a
+    /// queue that waits awake.
+    fn is_ready(&mut self) -> Result<bool, Error> {
+        Ok(true)
+    }
+
     /// Sends what was committed, then blocks until a request has arrived (if
     /// wanted) or the queue's wake-up descriptor has been signalled; may return
     /// early.
@@ -57,6 +74,9 @@ pub(crate) trait Transport {
 impl Transport for Box<dyn Transport> {
     fn slots(&self) -> usize {
         (**self).slots()
+    }
+    fn begin(&mut self) -> Result<(), Error> {
+        (**self).begin()
     }
     fn fetch(&mut self) -> Fetched {
         (**self).fetch()
@@ -72,6 +92,12 @@ impl Transport for Box<dyn Transport> {
     }
     fn want_requests(&mut self, wanted: bool) -> Result<(), Error> {
         (**self).want_requests(wanted)
+    }
+    fn may_poll(&self) -> bool {
+        (**self).may_poll()
+    }
+    fn is_ready(&mut self) -> Result<bool, Error> {
+        (**self).is_ready()
     }
     fn wait(&mut self) -> Result<(), Error> {
         (**self).wait()

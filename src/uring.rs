@@ -38,12 +38,15 @@ use slab::Slab;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::error::{Error, Result};
+use crate::exchange::{Exchange, ReviewClock};
 use crate::forward::Port;
 use crate::legacy::{self, Legacy};
+use crate::placement::{Placement, near};
 use crate::plan::Plan;
 use crate::protocol::{InHeader, OPERATION_SIZE, OutHeader, opcode};
 use crate::region::{self, Piece};
 use crate::ring::{COMMAND_BODY, Command, Completion, Ring};
+use crate::seat::SeatedThread;
 use crate::slot::{FRONT, Reply, RingOrigin, Slot};
 use crate::transport::{Fetched, Transport};
 use crate::wakeups::Wakeups;
@@ -89,12 +92,11 @@ mod mark {
 }
 
 /// What the queues of one export share.
-#[derive(Debug)]
 pub(crate) struct Share {
     plan: Plan,
     /// The kernel queue with the entry that becomes the anchor.
     anchored_at: usize,
-    queues: usize,
+    exchange: Exchange,
     /// A request has come through a ring: the kernel has switched, for good.
     switched: AtomicBool,
     anchor: Anchor,
@@ -110,11 +112,11 @@ struct Anchor {
 
 impl Share {
     /// `anchored_at`: the kernel queue that a RELEASE is sure to come by.
-    pub(crate) fn new(plan: Plan, queues: usize, anchored_at: usize) -> Self {
+    pub(crate) fn new(plan: Plan, anchored_at: usize, wakeups: &[Arc<Wakeups>]) -> Self {
         Self {
             plan,
             anchored_at,
-            queues,
+            exchange: Exchange::new(plan.kernel_queues, wakeups),
             switched: AtomicBool::new(false),
             anchor: Anchor {
                 wanted: AtomicBool::new(true),
@@ -146,15 +148,16 @@ impl Share {
         // then the kernel does not switch.
         (0..kernel_queues).rev().flat_map(move |kernel_queue| {
             (0..self.depth(kernel_queue))
-                .filter(move |n| (kernel_queue + n) % self.queues == queue)
+                .filter(move |n| (kernel_queue + n) % self.exchange.queues() == queue)
                 .map(move |_| kernel_queue as u16)
         })
     }
+}
 
-    /// How many requests a queue may have in flight: all of them.
-    pub(crate) fn slots(&self) -> usize {
-        self.plan.kernel_queues * self.plan.depth + 1 + legacy::SLOTS
-    }
+/// How many requests a queue may have in flight: those of all entries, and what
+/// comes by /dev/fuse.
+pub(crate) fn slots(plan: &Plan) -> usize {
+    plan.kernel_queues * plan.depth + 1 + legacy::SLOTS
 }
 
 impl Anchor {
@@ -176,6 +179,7 @@ type Slots = Vec<Box<Slot>>;
 pub(crate) struct Prepared {
     ring: Ring,
     slots: Slots,
+    queue: usize,
     share: Arc<Share>,
 }
 
@@ -194,8 +198,9 @@ impl Prepared {
         };
         Ok(Self {
             // All entries of all queues may come to be answered by this one.
-            ring: Ring::new(share.slots())?,
+            ring: Ring::new(slots(&share.plan))?,
             slots: memory.into_iter().zip(entries).map(slot).collect(),
+            queue,
             share,
         })
     }
@@ -206,7 +211,6 @@ impl Prepared {
         self,
         legacy: Box<Legacy>,
         wakeups: Arc<Wakeups>,
-        reads_device: bool,
     ) -> std::result::Result<Uring, (Error, Box<Legacy>)> {
         let mut uring = Uring {
             ring: self.ring,
@@ -214,9 +218,16 @@ impl Prepared {
             in_kernel: Slab::with_capacity(self.slots.len()),
             arrived: VecDeque::new(),
             jobs_done: Vec::new(),
+            seat: SeatedThread::new(),
+            placement: Placement::Wide,
+            changes: 0,
+            clock: ReviewClock::default(),
+            in_hand: 0,
+            queue: self.queue,
             share: self.share,
             wakeups,
-            reads_device,
+            // One is enough for what little still comes by /dev/fuse.
+            reads_device: self.queue == 0,
             device_is_ready: false,
             gone: false,
         };
@@ -238,7 +249,15 @@ pub(crate) struct Uring {
     /// The jobs that are done, with their results, and were not reported yet.
     jobs_done: Vec<(usize, i32)>,
     legacy: Box<Legacy>,
+    queue: usize,
     share: Arc<Share>,
+    /// The arrangement as this queue knows it, and how often it had changed.
+    placement: Placement,
+    changes: u64,
+    clock: ReviewClock,
+    seat: SeatedThread,
+    /// How many requests have come by entries and were not answered.
+    in_hand: usize,
     wakeups: Arc<Wakeups>,
     reads_device: bool,
     device_is_ready: bool,
@@ -346,6 +365,7 @@ impl Uring {
                     return Err(Error::new(libc::EPROTO, "a FUSE entry makes no sense"));
                 }
                 self.arrived.push_back(slot);
+                self.in_hand += 1;
                 Ok(())
             }
             // The kernel did not look at it.
@@ -379,12 +399,36 @@ impl Uring {
         }
     }
 
+    /// Counts an answer, and now and then looks at the traffic.
+    fn count(&mut self, slot: &Slot) {
+        let Some(ring) = slot.ring else { return };
+        let bytes = slot.payload_len() + slot.reply.payload_len();
+        let exchange = &self.share.exchange;
+        exchange.count(self.queue, ring.kernel_queue.into(), bytes);
+        if self.clock.tick() {
+            exchange.review();
+        }
+    }
+
+    /// Follows the others to a new arrangement.
+    fn rearrange(&mut self) {
+        let changes = self.share.exchange.changes();
+        if changes == self.changes {
+            return;
+        }
+        self.changes = changes;
+        self.placement = self.share.exchange.placement();
+        let cpus = self.share.plan.kernel_queues;
+        let queues = self.share.exchange.queues();
+        let clients = |cpu: usize| near(cpu, cpus, queues) == self.queue;
+        self.seat.take(self.placement.seat(self.queue), clients);
+    }
+
     /// Puts the reply where the kernel looks for it, and queues its command.
     fn answer(&mut self, mut slot: Box<Slot>) -> Result<()> {
         let (errno, len) = match slot.reply {
-            Reply::Nothing => (0, 0),
             Reply::Error(errno) => (errno, 0),
-            Reply::Payload(len) => (0, len),
+            reply => (0, reply.payload_len()),
         };
         let out = OutHeader {
             len: (size_of::<OutHeader>() + len) as u32,
@@ -469,7 +513,19 @@ pub(crate) fn give_up(device: BorrowedFd<'_>) -> io::Result<()> {
 
 impl Transport for Uring {
     fn slots(&self) -> usize {
-        self.share.slots()
+        slots(&self.share.plan)
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        let left = self.share.exchange.close_door(self.queue);
+        if !left.is_empty() {
+            for slot in left {
+                self.answer(slot)?;
+            }
+            self.flush()?;
+        }
+        self.rearrange();
+        Ok(())
     }
 
     fn fetch(&mut self) -> Fetched {
@@ -507,7 +563,15 @@ impl Transport for Uring {
         if self.gone {
             return Ok(());
         }
-        match self.share.anchor.keep(slot) {
+        self.count(&slot);
+        let in_hand = self.in_hand;
+        // A slot that was refused for what it said was never in hand.
+        self.in_hand = in_hand.saturating_sub(1);
+        let Some(slot) = self.share.anchor.keep(slot) else {
+            return Ok(());
+        };
+        let exchange = &self.share.exchange;
+        match exchange.hand_over(slot, self.queue, in_hand, self.placement) {
             Some(slot) => self.answer(slot),
             None => Ok(()),
         }
@@ -518,6 +582,22 @@ impl Transport for Uring {
             self.ring.submit().map_err(|e| failed("submit", &e))?;
         }
         Ok(())
+    }
+
+    fn may_poll(&self) -> bool {
+        self.seat.has_choice() && self.placement.may_poll(self.queue)
+    }
+
+    fn is_ready(&mut self) -> Result<bool> {
+        self.share.exchange.open_door(self.queue);
+        if self.ring.has_news() {
+            self.ring.submit().map_err(|e| failed("submit", &e))?;
+            self.reap()?;
+        }
+        Ok(!self.arrived.is_empty()
+            || !self.jobs_done.is_empty()
+            || self.device_is_ready
+            || self.gone)
     }
 
     fn carry(&mut self, port: &Port) -> Result<()> {
@@ -548,6 +628,7 @@ impl Transport for Uring {
         if !self.jobs_done.is_empty() {
             return self.flush();
         }
+        self.share.exchange.open_door(self.queue);
         self.ring.wait().map_err(|e| failed("wait", &e))?;
         self.reap()
     }

@@ -1,0 +1,62 @@
+//! A thread that may be told where to run, within what it was allowed at
+//! first.
+
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+
+use crate::placement::Seat;
+
+/// The calling thread's choice of CPUs.
+pub(crate) struct SeatedThread {
+    /// What it was allowed before it was told anything.
+    allowed: CpuSet,
+    has_choice: bool,
+    seat: Seat,
+}
+
+/// The calling thread, in sched_setaffinity(2).
+const THIS: Pid = Pid::from_raw(0);
+
+impl SeatedThread {
+    /// The calling thread, as it is.
+    pub(crate) fn new() -> Self {
+        // Without an answer there is no choice.
+        let allowed = sched_getaffinity(THIS).unwrap_or_default();
+        Self {
+            has_choice: cpus_of(&allowed).nth(1).is_some(),
+            allowed,
+            seat: Seat::Anywhere,
+        }
+    }
+
+    /// Whether it may run on more than one CPU.
+    pub(crate) fn has_choice(&self) -> bool {
+        self.has_choice
+    }
+
+    /// Moves to `seat`; `clients` says of a CPU whether its clients are this
+    /// thread's. Called by the thread itself.
+    pub(crate) fn take(&mut self, seat: Seat, clients: impl Fn(usize) -> bool) {
+        if seat == self.seat {
+            return;
+        }
+        self.seat = seat;
+        let fits = |cpu: &usize| match seat {
+            Seat::Anywhere => true,
+            Seat::Beside(client) => *cpu != client,
+            Seat::Among => clients(*cpu),
+        };
+        let mut cpus = CpuSet::new();
+        let mut some = false;
+        for cpu in cpus_of(&self.allowed).filter(fits) {
+            some |= cpus.set(cpu).is_ok();
+        }
+        // Where there is no such CPU, any will do; and so it will if the
+        // kernel refuses.
+        let _ = sched_setaffinity(THIS, if some { &cpus } else { &self.allowed });
+    }
+}
+
+fn cpus_of(set: &CpuSet) -> impl Iterator<Item = usize> {
+    (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false))
+}
