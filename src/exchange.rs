@@ -208,6 +208,7 @@ impl Exchange {
         review.requests = requests;
         review.bytes = bytes;
         if review.convinced_of(favoured) {
+            log::debug!("io_uring: now {favoured:?}, for {since:?} requests of each CPU");
             review.placement = favoured;
             self.changes.fetch_add(1, Relaxed);
         }

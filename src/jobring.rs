@@ -39,6 +39,14 @@ impl JobRing {
         }
     }
 
+    /// Whether a job may be done; makes no system call.
+    pub(crate) fn has_news(&mut self) -> bool {
+        match self {
+            Self::Ring(ring) => ring.has_news(),
+            Self::Unmade | Self::Refused => false,
+        }
+    }
+
     /// Begins the jobs that wait at the port, and reports those that are done.
     pub(crate) fn carry(&mut self, port: &Port) -> Result<()> {
         match self {

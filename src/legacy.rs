@@ -29,6 +29,7 @@ use crate::protocol::{
     OutHeader, ROOT_ID, negotiate, notify, opcode, operation_size,
 };
 use crate::ring::Ring;
+use crate::seat::SeatedThread;
 use crate::slot::{Reply, Slot};
 use crate::transport::{Fetched, Transport};
 use crate::wakeups::Wakeups;
@@ -267,6 +268,10 @@ pub(crate) struct Legacy {
     epoll: Epoll,
     wakeups: Arc<Wakeups>,
     jobs: JobRing,
+    /// What was found while the queue waited awake.
+    found: Option<Fetched>,
+    /// Whether its thread may run on more than one CPU.
+    has_choice: bool,
     #[expect(clippy::vec_box, reason = "slots travel as boxes")]
     free: Vec<Box<Slot>>,
     made: usize,
@@ -299,6 +304,8 @@ impl Legacy {
             epoll,
             wakeups,
             jobs: JobRing::Unmade,
+            found: None,
+            has_choice: SeatedThread::new().has_choice(),
             free: Vec::with_capacity(SLOTS),
             made: 0,
             capacity: max_request.max(MIN_READ_BUFFER),
@@ -329,6 +336,48 @@ impl Legacy {
             Slot::new(self.capacity).map_err(|e| Error::from_io("no memory for a request", &e))?;
         self.made += 1;
         Ok(Some(Box::new(slot)))
+    }
+
+    /// Takes a request from /dev/fuse, if there is one.
+    fn receive(&mut self) -> Fetched {
+        let mut slot = match self.free_slot() {
+            Ok(Some(slot)) => slot,
+            Ok(None) => return Fetched::Nothing,
+            Err(error) => return Fetched::Broken(error),
+        };
+        let fetched = loop {
+            match read(&*self.device, slot.receive(FRONT)) {
+                // Not a kernel's doing: a stand-in for it has closed its end.
+                Ok(0) => break Fetched::Gone,
+                Ok(len) => {
+                    if let Ok((header, _)) = InHeader::read_from_prefix(slot.receive(FRONT)) {
+                        slot.header = header;
+                    }
+                    if len < size_of::<InHeader>() || slot.header.len as usize != len {
+                        break Fetched::Broken(self.distrust(&mut slot, len));
+                    }
+                    if arrange(&mut slot, len) {
+                        return Fetched::Request(slot);
+                    }
+                    let capacity = slot.capacity();
+                    slot.arrived(0, capacity);
+                    if let Err(error) = self.send(&mut slot, libc::EINVAL, 0) {
+                        break Fetched::Broken(error);
+                    }
+                }
+                // Interrupted; or the request was aborted, or could not be
+                // copied and has been ended by the kernel: the next one.
+                Err(Errno::EINTR | Errno::ENOENT | Errno::EIO) => {
+                    let capacity = slot.capacity();
+                    slot.arrived(0, capacity);
+                }
+                Err(Errno::EAGAIN) => break Fetched::Nothing,
+                Err(Errno::ENODEV | Errno::ECONNABORTED | Errno::ENOTCONN) => break Fetched::Gone,
+                Err(e) => break Fetched::Broken(failed("cannot read from /dev/fuse", e)),
+            }
+        };
+        self.free.push(slot);
+        fetched
     }
 
     /// Sends an error, or success with `len` bytes of the payload.
@@ -410,44 +459,21 @@ impl Transport for Legacy {
     }
 
     fn fetch(&mut self) -> Fetched {
-        let mut slot = match self.free_slot() {
-            Ok(Some(slot)) => slot,
-            Ok(None) => return Fetched::Nothing,
-            Err(error) => return Fetched::Broken(error),
-        };
-        let fetched = loop {
-            match read(&*self.device, slot.receive(FRONT)) {
-                // Not a kernel's doing: a stand-in for it has closed its end.
-                Ok(0) => break Fetched::Gone,
-                Ok(len) => {
-                    if let Ok((header, _)) = InHeader::read_from_prefix(slot.receive(FRONT)) {
-                        slot.header = header;
-                    }
-                    if len < size_of::<InHeader>() || slot.header.len as usize != len {
-                        break Fetched::Broken(self.distrust(&mut slot, len));
-                    }
-                    if arrange(&mut slot, len) {
-                        return Fetched::Request(slot);
-                    }
-                    let capacity = slot.capacity();
-                    slot.arrived(0, capacity);
-                    if let Err(error) = self.send(&mut slot, libc::EINVAL, 0) {
-                        break Fetched::Broken(error);
-                    }
-                }
-                // Interrupted; or the request was aborted, or could not be
-                // copied and has been ended by the kernel: the next one.
-                Err(Errno::EINTR | Errno::ENOENT | Errno::EIO) => {
-                    let capacity = slot.capacity();
-                    slot.arrived(0, capacity);
-                }
-                Err(Errno::EAGAIN) => break Fetched::Nothing,
-                Err(Errno::ENODEV | Errno::ECONNABORTED | Errno::ENOTCONN) => break Fetched::Gone,
-                Err(e) => break Fetched::Broken(failed("cannot read from /dev/fuse", e)),
-            }
-        };
-        self.free.push(slot);
-        fetched
+        self.found.take().unwrap_or_else(|| self.receive())
+    }
+
+    fn may_poll(&self) -> bool {
+        self.watches && self.has_choice
+    }
+
+    fn is_ready(&mut self) -> Result<bool> {
+        if self.found.is_none() {
+            self.found = match self.receive() {
+                Fetched::Nothing => None,
+                found => Some(found),
+            };
+        }
+        Ok(self.found.is_some() || self.jobs.has_news())
     }
 
     fn commit(&mut self, mut slot: Box<Slot>) -> Result<()> {
@@ -491,6 +517,9 @@ impl Transport for Legacy {
     }
 
     fn wait(&mut self) -> Result<()> {
+        if self.watches && self.found.is_some() {
+            return Ok(());
+        }
         let mut events = [EpollEvent::empty(); 3];
         match self.epoll.wait(&mut events, EpollTimeout::NONE) {
             Ok(n) => {

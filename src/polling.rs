@@ -2,73 +2,91 @@
 //!
 //! To be woken takes longer than to serve a request: at depth 1 a client gets
 //! four times as many answers from a server that has not gone to sleep. But
-//! waiting awake costs a CPU. So a queue does it only for as long as requests
-//! have lately taken to come, and never for more than [`LONGEST`]: after one
-//! pause it sleeps at once, so an idle export uses no CPU, until requests have
-//! come close upon each other again.
+//! waiting awake costs a CPU. So a queue does it only while requests come close
+//! upon each other and looking for them has lately been of use, and never for
+//! more than [`LONGEST`]. After one pause it sleeps at once, so an idle export
+//! uses no CPU.
 
 use std::time::{Duration, Instant};
 
 /// The longest wait awake. Requests at depth 1 come some 10 us apart; beyond
 /// this the CPU is worth more than the time.
 const LONGEST: Duration = Duration::from_micros(50);
+/// Waits that are no longer than this may get short enough by staying awake:
+/// to fall asleep and be woken takes some 50 us itself, on either side.
+const CLOSE: Duration = Duration::from_micros(120);
 /// What any longer wait counts as, so that a pause is soon forgotten.
-const PAUSE: Duration = Duration::from_micros(400);
+const PAUSE: Duration = Duration::from_millis(1);
 /// A look that takes so long has shared its CPU with somebody.
 const DISTURBED: Duration = Duration::from_micros(30);
 /// Of how many waits the usual one is the average.
 const MEMORY: u32 = 8;
+/// How many looks in vain there may be before they end.
+const PATIENCE: u32 = 4;
+/// After how many waits asleep looking is tried again.
+const RETRY: u32 = 64;
 
 /// What one queue has learnt of its waits.
 #[derive(Debug)]
 pub(crate) struct Polling {
     usual: Duration,
+    /// How many looks in a row were in vain.
+    in_vain: u32,
+    /// How many waits asleep there are to be yet.
+    asleep: u32,
 }
 
 impl Default for Polling {
     fn default() -> Self {
-        Self { usual: PAUSE }
+        Self {
+            usual: PAUSE,
+            in_vain: 0,
+            asleep: 0,
+        }
     }
 }
 
 impl Polling {
-    /// How long to wait awake; `None`: sleep at once.
-    pub(crate) fn budget(&self) -> Option<Duration> {
-        (self.usual <= LONGEST).then_some(LONGEST)
+    /// Whether to wait awake at all.
+    pub(crate) fn is_worth_it(&self) -> bool {
+        self.usual <= CLOSE && self.asleep == 0
     }
 
     /// A wait has ended.
     pub(crate) fn waited(&mut self, time: Duration) {
         self.usual = (self.usual * (MEMORY - 1) + time.min(PAUSE)) / MEMORY;
-    }
-
-    /// Somebody else needs the CPU.
-    fn disturbed(&mut self) {
-        self.usual = PAUSE;
+        self.asleep = self.asleep.saturating_sub(1);
     }
 
     /// Looks until there is something, for as long as is sensible from `since`
     /// on. Returns whether there is.
-    pub(crate) fn look(&mut self, since: Instant, mut is_there: impl FnMut() -> bool) -> bool {
-        let Some(budget) = self.budget() else {
-            return false;
-        };
-        let mut last = since;
-        loop {
-            if is_there() {
-                return true;
-            }
-            std::hint::spin_loop();
-            let now = Instant::now();
-            if now - last > DISTURBED {
-                self.disturbed();
-                return false;
-            }
-            last = now;
-            if now - since > budget {
-                return false;
-            }
+    pub(crate) fn look(&mut self, since: Instant, is_there: impl FnMut() -> bool) -> bool {
+        let found = watch(since, is_there);
+        if found {
+            self.in_vain = 0;
+            return true;
         }
+        self.in_vain += 1;
+        if self.in_vain >= PATIENCE {
+            self.in_vain = 0;
+            self.asleep = RETRY;
+        }
+        false
+    }
+}
+
+fn watch(since: Instant, mut is_there: impl FnMut() -> bool) -> bool {
+    let mut last = since;
+    loop {
+        if is_there() {
+            return true;
+        }
+        std::hint::spin_loop();
+        let now = Instant::now();
+        if now - last > DISTURBED || now - since > LONGEST {
+            return false;
+        }
+        last = now;
     }
 }
 
@@ -76,31 +94,48 @@ impl Polling {
 mod tests {
     use super::*;
 
+    const NEAR: Duration = Duration::from_micros(10);
+
+    fn used_to(wait: Duration) -> Polling {
+        let mut polling = Polling::default();
+        for _ in 0..100 {
+            polling.waited(wait);
+        }
+        polling
+    }
+
     #[test]
     fn close_requests_are_awaited_and_one_pause_ends_that() {
-        let mut polling = Polling::default();
-        assert_eq!(polling.budget(), None, "before anything is known");
-        for _ in 0..4 * MEMORY {
-            polling.waited(Duration::from_micros(10));
-        }
-        assert_eq!(polling.budget(), Some(LONGEST));
+        assert!(!Polling::default().is_worth_it(), "nothing is known");
+        let mut polling = used_to(NEAR);
+        assert!(polling.is_worth_it());
         polling.waited(Duration::from_secs(3600));
-        assert_eq!(polling.budget(), None);
-        assert!(!polling.look(Instant::now(), || panic!("it is to sleep")));
-        // A pause is forgotten as soon, however long it was.
+        assert!(!polling.is_worth_it());
+        // However long it was, it is soon forgotten.
         for _ in 0..2 * MEMORY {
-            polling.waited(Duration::from_micros(10));
+            polling.waited(NEAR);
         }
-        assert_eq!(polling.budget(), Some(LONGEST));
+        assert!(polling.is_worth_it());
+    }
+
+    #[test]
+    fn looks_in_vain_end_for_a_while() {
+        let mut polling = used_to(NEAR);
+        for look in 0..PATIENCE {
+            assert!(polling.is_worth_it(), "look {look}");
+            assert!(!polling.look(Instant::now(), || false));
+        }
+        for _ in 0..RETRY {
+            assert!(!polling.is_worth_it());
+            polling.waited(NEAR);
+        }
+        assert!(polling.is_worth_it());
     }
 
     #[test]
     fn looking_ends_with_what_is_looked_for() {
-        let mut polling = Polling {
-            usual: Duration::from_micros(1),
-        };
         let mut looks = 0;
-        assert!(polling.look(Instant::now(), || {
+        assert!(used_to(NEAR).look(Instant::now(), || {
             looks += 1;
             looks == 3
         }));

@@ -166,7 +166,7 @@ impl<T: Transport> Queue<T> {
 
     /// Waits awake; whether there is something to do.
     fn poll(&mut self, since: Instant) -> bool {
-        if !self.transport.may_poll() || self.polling.budget().is_none() {
+        if !self.transport.may_poll() || !self.polling.is_worth_it() {
             return false;
         }
         self.flush();
