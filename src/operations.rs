@@ -78,8 +78,9 @@ pub(crate) async fn serve<D: BlockDriver>(
         if let Err(errno) = outcome {
             slot.reply = Reply::Error(errno);
         }
-        stats.record(kind, outcome, start.elapsed());
-        mailbox.answer(slot, panic);
+        let took = start.elapsed();
+        stats.record(kind, outcome, took);
+        mailbox.answer(slot, panic, took);
     }
 }
 

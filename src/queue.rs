@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::control::{Control, Phase, Unfinished};
 use crate::error::Error;
@@ -20,6 +20,10 @@ use crate::wakeups::Wakeups;
 
 /// How many requests are begun before the queue looks around again.
 pub(crate) const BUDGET: usize = 64;
+
+/// Answers do not wait for others of their batch that take longer than this,
+/// all told.
+const LONG: Duration = Duration::from_micros(50);
 
 /// How far a dispatch got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +52,8 @@ pub(crate) struct Queue<T> {
     /// The connection has ended or the transport is broken.
     ended: bool,
     polling: Polling,
+    /// How long the driver has worked since answers were sent.
+    unsent_for: Duration,
     /// As long as this queue may have requests in flight.
     unfinished: Option<Unfinished>,
 }
@@ -87,6 +93,7 @@ impl<T: Transport> Queue<T> {
             in_batch: false,
             ended: false,
             polling: Polling::default(),
+            unsent_for: Duration::ZERO,
         };
         queue.announce_wants();
         queue
@@ -100,6 +107,7 @@ impl<T: Transport> Queue<T> {
         if let Err(error) = self.transport.begin() {
             self.broken(error);
         }
+        self.unsent_for = Duration::ZERO;
         let progress = self.run(budget);
         if self.in_batch {
             self.in_batch = false;
@@ -236,7 +244,13 @@ impl<T: Transport> Queue<T> {
         }
         self.in_flight += 1;
         let answered = self.tasks.start(slot);
+        let took = answered.as_ref().map_or(Duration::ZERO, |a| a.took);
         self.answer(answered);
+        self.unsent_for += took;
+        if self.unsent_for >= LONG {
+            self.unsent_for = Duration::ZERO;
+            self.flush();
+        }
         true
     }
 
@@ -248,7 +262,7 @@ impl<T: Transport> Queue<T> {
 
     fn answer(&mut self, answered: Option<Answered>) {
         self.carry_if(JOBS_AT_ONCE);
-        let Some(Answered { slot, panic }) = answered else {
+        let Some(Answered { slot, panic, .. }) = answered else {
             return;
         };
         self.commit(slot);

@@ -11,6 +11,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use crate::slot::Slot;
 use crate::wakeups::Wakeups;
@@ -19,6 +20,8 @@ use crate::wakeups::Wakeups;
 pub(crate) struct Answered {
     pub(crate) slot: Box<Slot>,
     pub(crate) panic: Option<String>,
+    /// The time since the task was given the request.
+    pub(crate) took: Duration,
 }
 
 /// Between a queue and one of its tasks; both on the same thread.
@@ -40,8 +43,8 @@ impl Mailbox {
     }
 
     /// The request is done; for the task.
-    pub(crate) fn answer(&self, slot: Box<Slot>, panic: Option<String>) {
-        self.answer.set(Some(Answered { slot, panic }));
+    pub(crate) fn answer(&self, slot: Box<Slot>, panic: Option<String>, took: Duration) {
+        self.answer.set(Some(Answered { slot, panic, took }));
     }
 }
 
