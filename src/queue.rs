@@ -531,6 +531,26 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "works on a file")]
+    fn no_request_ends_before_its_jobs_whatever_its_driver_does() {
+        let mut disk = numbered(8);
+        disk.gives_up_on = Some(tempfile::tempfile().unwrap());
+        let mut rig = Rig::new(disk, false);
+        rig.queue.transport().holds_jobs = true;
+        let sent: Vec<_> = (0..2).map(|n| read_place(&mut rig, n)).collect();
+        rig.run();
+        assert!(rig.answers().is_empty());
+        assert_eq!(rig.control.requests.count(), 2);
+        rig.queue.transport().holds_jobs = false;
+        rig.run();
+        let answers = rig.answers();
+        let answered: Vec<_> = answers.iter().map(|a| (a.unique, a.error)).collect();
+        let errno = libc::ETIMEDOUT;
+        assert_eq!(answered, [(sent[0], errno), (sent[1], errno)]);
+        assert_eq!(rig.control.requests.count(), 0);
+    }
+
+    #[test]
     fn what_wants_no_answer_gets_none_and_frees_its_slot() {
         let mut rig = Rig::new(numbered(8), false);
         for _ in 0..3 * SLOTS {
