@@ -30,7 +30,7 @@ use crate::region::Keeper;
 
 /// How many jobs wait at a port, at most, before they are begun: the whole of
 /// a batch at once would leave a disk idle from one batch to the next.
-pub(crate) const JOBS_AT_ONCE: usize = 4;
+const JOBS_AT_ONCE: usize = 4;
 
 /// What is to be done.
 #[derive(Debug, Clone, Copy)]
@@ -180,6 +180,13 @@ impl Port {
     /// How many jobs wait to be begun.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.borrow().len()
+    }
+
+    /// Whether it is time to begin what waits: there is enough of it, or nothing
+    /// else to keep the disk busy meanwhile.
+    pub(crate) fn is_due(&self) -> bool {
+        let waiting = self.waiting();
+        waiting >= JOBS_AT_ONCE || (waiting > 0 && self.in_flight() == 0)
     }
 
     /// How many jobs have been taken and are not done.

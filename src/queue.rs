@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use crate::control::{Control, Phase, Unfinished};
 use crate::error::Error;
-use crate::forward::{JOBS_AT_ONCE, Port};
+use crate::forward::Port;
 use crate::polling::Polling;
 use crate::slot::{Reply, Slot};
 use crate::task::{Answered, Tasks};
@@ -131,6 +131,11 @@ impl<T: Transport> Queue<T> {
         let mut begun = 0;
         // The last request may have halted the export.
         while begun < budget && !self.is_ending() {
+            // Who got at once what it waits for does not wait for the rest of
+            // the batch.
+            if wakeups.is_needed() {
+                wakeups.take(|task| self.resume(task));
+            }
             let slot = match self.parked.pop_front() {
                 Some(slot) => slot,
                 None => match self.fetch() {
@@ -146,7 +151,7 @@ impl<T: Transport> Queue<T> {
         if self.is_ending() {
             return self.finish();
         }
-        self.carry_if(1);
+        self.carry_rest();
         self.listen();
         if begun == budget || wakeups.is_needed() {
             Progress::More
@@ -247,7 +252,9 @@ impl<T: Transport> Queue<T> {
     }
 
     fn answer(&mut self, answered: Option<Answered>) {
-        self.carry_if(JOBS_AT_ONCE);
+        if self.port.is_due() {
+            self.carry();
+        }
         let Some(Answered { slot, panic }) = answered else {
             return;
         };
@@ -259,9 +266,9 @@ impl<T: Transport> Queue<T> {
         }
     }
 
-    /// Has jobs carried out if at least `least` wait.
-    fn carry_if(&mut self, least: usize) {
-        if self.port.waiting() >= least {
+    /// Has the jobs carried out that still wait.
+    fn carry_rest(&mut self) {
+        if self.port.waiting() > 0 {
             self.carry();
         }
     }
@@ -328,7 +335,7 @@ impl<T: Transport> Queue<T> {
             self.refuse(slot);
             refused += 1;
         }
-        self.carry_if(1);
+        self.carry_rest();
         self.listen();
         if refused == BUDGET || self.wakeups.is_needed() {
             Progress::More
