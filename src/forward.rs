@@ -21,7 +21,7 @@ use std::task::{Context, Poll, Waker};
 
 use io_uring::{opcode, squeue, types};
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use nix::sys::uio::{pread, pwrite};
 use nix::unistd::{fdatasync, fsync};
 use slab::Slab;
@@ -70,6 +70,19 @@ impl Call {
     pub(crate) unsafe fn new(fd: BorrowedFd<'_>, what: What, offset: u64) -> Self {
         let fd = fd.as_raw_fd();
         Self { fd, what, offset }
+    }
+
+    /// Whether it is a write into the page cache: a copy, which is done at once.
+    /// Several file systems (ext4) have a ring employ a thread for it, which
+    /// costs many times as much.
+    pub(crate) fn is_copy(&self) -> bool {
+        let What::Write { .. } = self.what else {
+            return false;
+        };
+        // SAFETY: the promise made to `new`: it is open.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
+        let flags = fcntl(fd, FcntlArg::F_GETFL).map_or(OFlag::empty(), OFlag::from_bits_retain);
+        !flags.intersects(OFlag::O_DIRECT | OFlag::O_DSYNC)
     }
 
     /// As an entry of a ring, not yet marked.

@@ -83,7 +83,7 @@ mod tests {
     use std::fs::File;
     use std::io::{Read, Write};
     use std::ops::Range;
-    use std::os::unix::fs::FileExt;
+    use std::os::unix::fs::{FileExt, OpenOptionsExt};
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::pin::{Pin, pin};
     use std::sync::Arc;
@@ -122,6 +122,16 @@ mod tests {
         Err(io::Error::from_raw_os_error(libc::EPERM))
     }
 
+    /// A file in the build's directory, which is on a real file system more
+    /// often than the temporary one; not written to as the page cache is.
+    fn image() -> File {
+        let program = std::env::current_exe().unwrap();
+        let file = tempfile::NamedTempFile::new_in(program.parent().unwrap()).unwrap();
+        let mut options = File::options();
+        options.read(true).write(true).custom_flags(libc::O_DSYNC);
+        options.open(file.path()).unwrap()
+    }
+
     fn poll<F: Future + ?Sized>(future: Pin<&mut F>) -> Poll<F::Output> {
         future.poll(&mut Context::from_waker(Waker::noop()))
     }
@@ -147,7 +157,7 @@ mod tests {
                 mut ring,
             } = Bench::new(make);
             let io = Io::new(0, 0, &port, slot.payload());
-            let image = tempfile::tempfile_in(".").unwrap();
+            let image = image();
             let fd = image.as_fd();
             slot.payload_mut()[..5000].fill(7);
             slot.arrived(5000, 5000);
@@ -234,7 +244,7 @@ mod tests {
         } = Bench::new(a_ring);
         slot.arrived(10, 10);
         let io = Io::new(0, 0, &port, slot.payload());
-        let image = tempfile::tempfile().unwrap();
+        let image = image();
         {
             let mut write = pin!(io.write_at(image.as_fd(), slot.data(), 0));
             assert!(poll(write.as_mut()).is_pending());
