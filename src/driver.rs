@@ -179,11 +179,17 @@ pub(crate) fn unsupported() -> io::Result<()> {
 pub struct Io<'a> {
     queue: usize,
     slot: usize,
-    port: &'a Port,
-    /// The request's.
-    payload: Payload,
+    /// `None`: of no export.
+    home: Option<Home<'a>>,
     /// How many jobs were left at the port and not seen to their end.
     unfinished: Cell<usize>,
+}
+
+/// Where a request leaves jobs, and its payload.
+#[derive(Debug)]
+struct Home<'a> {
+    port: &'a Port,
+    payload: Payload,
 }
 
 impl<'a> Io<'a> {
@@ -191,8 +197,18 @@ impl<'a> Io<'a> {
         Self {
             queue,
             slot,
-            port,
-            payload,
+            home: Some(Home { port, payload }),
+            unfinished: Cell::new(0),
+        }
+    }
+
+    /// For tests of drivers: of no export's request, and what it is asked to do
+    /// is done when the future is first polled.
+    pub fn detached() -> Self {
+        Self {
+            queue: 0,
+            slot: 0,
+            home: None,
             unfinished: Cell::new(0),
         }
     }
@@ -315,47 +331,51 @@ impl<'a> Io<'a> {
     async unsafe fn job(&self, file: BorrowedFd<'_>, what: What, offset: u64) -> io::Result<usize> {
         // SAFETY: the caller's promise; `file` is open as long as this runs.
         let call = unsafe { Call::new(file, what, offset) };
-        let (mut in_ring, keeper) = self.keeper_of(&what);
+        let mut kept = if call.is_copy() {
+            None
+        } else {
+            self.kept(&what)
+        };
         loop {
-            let result = if in_ring {
-                // SAFETY: the memory, if any, is the request's: whatever
-                // becomes of this future, nobody uses it until the engine has
-                // settled with the port, and it stays mapped.
-                unsafe {
-                    let keeper = keeper.clone();
-                    self.port
-                        .leave(self.slot, &self.unfinished, file, call, keeper)
+            let result = match &kept {
+                Some((port, keeper)) => {
+                    let unfinished = &self.unfinished;
+                    // SAFETY: the memory, if any, is the request's: whatever
+                    // becomes of this future, nobody uses it until the engine
+                    // has settled with the port, and it stays mapped.
+                    unsafe { port.leave(self.slot, unfinished, file, call, keeper.clone()) }.await
                 }
-                .await
-            } else {
-                call.run()
+                None => call.run(),
             };
             match result {
                 Err(Errno::EINTR) => {}
                 // To be had only by waiting.
-                Err(Errno::EAGAIN) if in_ring => in_ring = false,
+                Err(Errno::EAGAIN) if kept.is_some() => kept = None,
                 result => return result.map_err(io::Error::from),
             }
         }
     }
 
-    /// Whether what a job speaks of can be kept if this future is dropped, and
-    /// how: only the request's own memory can.
-    fn keeper_of(&self, what: &What) -> (bool, Option<Keeper>) {
+    /// Where to leave a job, and what keeps its memory; `None` if that is not
+    /// the request's own, and could go while the job is under way.
+    fn kept(&self, what: &What) -> Option<(&'a Port, Option<Keeper>)> {
+        let Home { port, payload } = self.home.as_ref()?;
         let (start, len) = match *what {
             What::Read { to, len } => (to.addr(), len),
             What::Write { from, len } => (from.addr(), len),
-            _ => return (true, None),
+            _ => return Some((port, None)),
         };
-        let keeper = self.payload.keeper_of(start, len);
-        (keeper.is_some(), keeper)
+        let keeper = payload.keeper_of(start, len)?;
+        Some((port, Some(keeper)))
     }
 
     /// Waits until no job of the request is in flight, though nobody waits for
     /// it any more: a driver may have dropped a future midway.
     pub(crate) async fn settled(&self) {
-        if self.unfinished.get() > 0 {
-            poll_fn(|cx| self.port.settle(self.slot, cx.waker())).await;
+        if self.unfinished.get() > 0
+            && let Some(home) = &self.home
+        {
+            poll_fn(|cx| home.port.settle(self.slot, cx.waker())).await;
             self.unfinished.set(0);
         }
     }
@@ -390,7 +410,8 @@ pub struct QueueInfo {
 #[derive(Debug)]
 pub struct ReadBuf<'a> {
     data: &'a mut [u8],
-    traces: &'a mut Traces,
+    /// What is known of the memory, if it is a payload.
+    traces: Option<&'a mut Traces>,
     /// How many bytes have been set.
     filled: usize,
     /// The kernel is, or may be, writing to what is not filled.
@@ -402,7 +423,7 @@ impl<'a> ReadBuf<'a> {
     pub(crate) fn new(data: &'a mut [u8], traces: &'a mut Traces) -> Self {
         Self {
             data,
-            traces,
+            traces: Some(traces),
             filled: 0,
             lent: false,
         }
@@ -421,7 +442,7 @@ impl<'a> ReadBuf<'a> {
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         self.check_not_lent();
         self.filled = self.data.len();
-        self.traces.wrote(self.data.len());
+        self.wrote(self.data.len());
         self.data
     }
 
@@ -437,14 +458,17 @@ impl<'a> ReadBuf<'a> {
         self.check_not_lent();
         let (start, len) = (self.filled, self.data.len());
         self.filled = len;
-        let dirty = self.traces.dirty.clamp(start, len);
+        let Some(traces) = &mut self.traces else {
+            return self.data[start..].fill(0);
+        };
+        let dirty = traces.dirty.clamp(start, len);
         self.data[start..dirty].fill(0);
-        if self.traces.untouched < len {
-            self.data[self.traces.untouched.max(start)..].fill(0);
-            self.traces.untouched = len;
+        if traces.untouched < len {
+            self.data[traces.untouched.max(start)..].fill(0);
+            traces.untouched = len;
         }
-        if self.traces.dirty <= len {
-            self.traces.dirty = self.traces.dirty.min(start);
+        if traces.dirty <= len {
+            traces.dirty = traces.dirty.min(start);
         }
     }
 
@@ -457,7 +481,7 @@ impl<'a> ReadBuf<'a> {
     /// it is.
     pub fn unfilled(&mut self) -> &mut [u8] {
         self.check_not_lent();
-        self.traces.wrote(self.data.len());
+        self.wrote(self.data.len());
         &mut self.data[self.filled..]
     }
 
@@ -478,9 +502,16 @@ impl<'a> ReadBuf<'a> {
     fn lend(&mut self, len: usize) -> (*mut u8, usize) {
         self.check_not_lent();
         self.lent = true;
-        self.traces.wrote(self.filled + len);
+        self.wrote(self.filled + len);
         let bytes = &mut self.data[self.filled..][..len];
         (bytes.as_mut_ptr(), len)
+    }
+
+    /// Somebody writes to the first `len` bytes.
+    fn wrote(&mut self, len: usize) {
+        if let Some(traces) = &mut self.traces {
+            traces.wrote(len);
+        }
     }
 
     fn take_back(&mut self) {
@@ -489,6 +520,18 @@ impl<'a> ReadBuf<'a> {
 
     fn check_not_lent(&self) {
         assert!(!self.lent, "a read into this buffer has been given up");
+    }
+}
+
+/// For tests of drivers: memory of the test's own.
+impl<'a> From<&'a mut [u8]> for ReadBuf<'a> {
+    fn from(data: &'a mut [u8]) -> Self {
+        Self {
+            data,
+            traces: None,
+            filled: 0,
+            lent: false,
+        }
     }
 }
 

@@ -21,7 +21,7 @@ use std::task::{Context, Poll, Waker};
 
 use io_uring::{opcode, squeue, types};
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use nix::sys::uio::{pread, pwrite};
 use nix::unistd::{fdatasync, fsync};
 use slab::Slab;
@@ -30,7 +30,7 @@ use crate::region::Keeper;
 
 /// How many jobs wait at a port, at most, before they are begun: the whole of
 /// a batch at once would leave a disk idle from one batch to the next.
-pub(crate) const JOBS_AT_ONCE: usize = 4;
+const JOBS_AT_ONCE: usize = 4;
 
 /// What is to be done.
 #[derive(Debug, Clone, Copy)]
@@ -70,6 +70,19 @@ impl Call {
     pub(crate) unsafe fn new(fd: BorrowedFd<'_>, what: What, offset: u64) -> Self {
         let fd = fd.as_raw_fd();
         Self { fd, what, offset }
+    }
+
+    /// Whether it is a write into the page cache: a copy, which is done at once.
+    /// Several file systems (ext4) have a ring employ a thread for it, which
+    /// costs many times as much.
+    pub(crate) fn is_copy(&self) -> bool {
+        let What::Write { .. } = self.what else {
+            return false;
+        };
+        // SAFETY: the promise made to `new`: it is open.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
+        let flags = fcntl(fd, FcntlArg::F_GETFL).map_or(OFlag::empty(), OFlag::from_bits_retain);
+        !flags.intersects(OFlag::O_DIRECT | OFlag::O_DSYNC)
     }
 
     /// As an entry of a ring, not yet marked.
@@ -180,6 +193,13 @@ impl Port {
     /// How many jobs wait to be begun.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.borrow().len()
+    }
+
+    /// Whether it is time to begin what waits: there is enough of it, or nothing
+    /// else to keep the disk busy meanwhile.
+    pub(crate) fn is_due(&self) -> bool {
+        let waiting = self.waiting();
+        waiting >= JOBS_AT_ONCE || (waiting > 0 && self.in_flight() == 0)
     }
 
     /// How many jobs have been taken and are not done.

@@ -665,7 +665,7 @@ impl Drop for Alone<'_> {
 }
 
 /// Lets the queue's other requests run.
-async fn yield_now() {
+pub(crate) async fn yield_now() {
     let mut yielded = false;
     poll_fn(|cx| {
         if std::mem::replace(&mut yielded, true) {

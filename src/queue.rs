@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::control::{Control, Phase, Unfinished};
 use crate::error::Error;
-use crate::forward::{JOBS_AT_ONCE, Port};
+use crate::forward::Port;
 use crate::polling::Polling;
 use crate::slot::{Reply, Slot};
 use crate::task::{Answered, Tasks};
@@ -139,6 +139,11 @@ impl<T: Transport> Queue<T> {
         let mut begun = 0;
         // The last request may have halted the export.
         while begun < budget && !self.is_ending() {
+            // Who got at once what it waits for does not wait for the rest of
+            // the batch.
+            if wakeups.is_needed() {
+                wakeups.take(|task| self.resume(task));
+            }
             let slot = match self.parked.pop_front() {
                 Some(slot) => slot,
                 None => match self.fetch() {
@@ -154,7 +159,7 @@ impl<T: Transport> Queue<T> {
         if self.is_ending() {
             return self.finish();
         }
-        self.carry_if(1);
+        self.carry_rest();
         self.listen();
         if begun == budget || wakeups.is_needed() {
             Progress::More
@@ -261,7 +266,9 @@ impl<T: Transport> Queue<T> {
     }
 
     fn answer(&mut self, answered: Option<Answered>) {
-        self.carry_if(JOBS_AT_ONCE);
+        if self.port.is_due() {
+            self.carry();
+        }
         let Some(Answered { slot, panic, .. }) = answered else {
             return;
         };
@@ -273,9 +280,9 @@ impl<T: Transport> Queue<T> {
         }
     }
 
-    /// Has jobs carried out if at least `least` wait.
-    fn carry_if(&mut self, least: usize) {
-        if self.port.waiting() >= least {
+    /// Has the jobs carried out that still wait.
+    fn carry_rest(&mut self) {
+        if self.port.waiting() > 0 {
             self.carry();
         }
     }
@@ -342,7 +349,7 @@ impl<T: Transport> Queue<T> {
             self.refuse(slot);
             refused += 1;
         }
-        self.carry_if(1);
+        self.carry_rest();
         self.listen();
         if refused == BUDGET || self.wakeups.is_needed() {
             Progress::More
@@ -542,6 +549,26 @@ mod tests {
             assert_eq!(answer.unique, unique);
             assert_eq!(answer.data, [place as u8; PLACE]);
         }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "works on a file")]
+    fn no_request_ends_before_its_jobs_whatever_its_driver_does() {
+        let mut disk = numbered(8);
+        disk.gives_up_on = Some(tempfile::tempfile().unwrap());
+        let mut rig = Rig::new(disk, false);
+        rig.queue.transport().holds_jobs = true;
+        let sent: Vec<_> = (0..2).map(|n| read_place(&mut rig, n)).collect();
+        rig.run();
+        assert!(rig.answers().is_empty());
+        assert_eq!(rig.control.requests.count(), 2);
+        rig.queue.transport().holds_jobs = false;
+        rig.run();
+        let answers = rig.answers();
+        let answered: Vec<_> = answers.iter().map(|a| (a.unique, a.error)).collect();
+        let errno = libc::ETIMEDOUT;
+        assert_eq!(answered, [(sent[0], errno), (sent[1], errno)]);
+        assert_eq!(rig.control.requests.count(), 0);
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! What tests of the engine without a kernel stand on: one queue over the
 //! transport in memory, and a disk whose calls can be held up.
 
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
+use std::os::fd::AsFd;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -15,7 +17,7 @@ use crate::control::{Control, Latch, Owned};
 use crate::driver::{BlockDriver, Event, Extent, Io, ReadBuf};
 use crate::file::{File, FilePolicy};
 use crate::forward::Port;
-use crate::operations::{Device, serve};
+use crate::operations::{Device, serve, yield_now};
 use crate::protocol::{FallocateIn, LseekIn, ReadIn, SetattrIn, WriteIn, opcode, set};
 use crate::queue::{Progress, Queue};
 use crate::stats::AllStats;
@@ -36,6 +38,8 @@ pub(crate) struct Disk {
     pub(crate) zeroes: bool,
     /// A read of this offset panics.
     pub(crate) panics_at: Option<u64>,
+    /// Reads begin to read this, give up and fail.
+    pub(crate) gives_up_on: Option<std::fs::File>,
     /// Calls of this kind fail with EIO.
     pub(crate) fails: Mutex<Option<&'static str>>,
     pub(crate) log: Mutex<Vec<(&'static str, u64, u64)>>,
@@ -113,7 +117,14 @@ impl BlockDriver for Arc<Disk> {
         Ok(self.data.lock().len() as u64)
     }
 
-    async fn read(&self, _: &Io<'_>, buf: &mut ReadBuf<'_>, offset: u64) -> io::Result<()> {
+    async fn read(&self, io: &Io<'_>, buf: &mut ReadBuf<'_>, offset: u64) -> io::Result<()> {
+        if let Some(file) = &self.gives_up_on {
+            let len = buf.len();
+            let mut read = pin!(io.read_at(file.as_fd(), buf, len, offset));
+            poll_fn(|cx| Poll::Ready(read.as_mut().poll(cx).is_ready())).await;
+            yield_now().await;
+            return Err(io::ErrorKind::TimedOut.into());
+        }
         self.call("read", offset, buf.len() as u64).await?;
         assert_ne!(self.panics_at, Some(offset), "the test's panic");
         let data = self.data.lock();

@@ -116,6 +116,7 @@ pub(crate) mod memory {
     use zerocopy::FromBytes;
 
     use super::*;
+    use crate::forward::Job;
     use crate::protocol::{InHeader, OutHeader, ROOT_ID};
     use crate::slot::Reply;
 
@@ -141,6 +142,9 @@ pub(crate) mod memory {
         pub(crate) gone: bool,
         /// Whether the queue listens.
         pub(crate) wanted: bool,
+        /// Jobs are begun and not done.
+        pub(crate) holds_jobs: bool,
+        jobs: Vec<Job>,
         #[expect(clippy::vec_box, reason = "slots travel as boxes")]
         free: Vec<Box<Slot>>,
         slots: usize,
@@ -154,6 +158,8 @@ pub(crate) mod memory {
                 answers: Vec::new(),
                 gone: false,
                 wanted: true,
+                holds_jobs: false,
+                jobs: Vec::new(),
                 free: (0..slots)
                     .map(|_| Box::new(Slot::new(capacity).unwrap()))
                     .collect(),
@@ -227,7 +233,12 @@ pub(crate) mod memory {
         }
 
         fn carry(&mut self, port: &Port) -> Result<(), Error> {
-            port.run();
+            self.jobs.extend(std::iter::from_fn(|| port.take()));
+            if !self.holds_jobs {
+                for job in self.jobs.drain(..) {
+                    port.done(job.id, job.run());
+                }
+            }
             Ok(())
         }
 

@@ -6,7 +6,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, OnceLock};
 
 use super::error::{c_text, invalid};
-use super::request::{BLKFUSE_PENDING, CRequest, blkfuse_extent, blkfuse_request, result_of};
+use super::request::{
+    Answer, BLKFUSE_PENDING, CRequest, blkfuse_extent, blkfuse_request, result_of,
+};
 use crate::config::QUEUES_LIMIT;
 use crate::driver::{BlockDriver, Event, Extent, Features, Io, Limits, QueueInfo, ReadBuf};
 use crate::error::{Error, Result};
@@ -55,8 +57,8 @@ pub struct blkfuse_limits {
 ///
 /// Data callbacks (read to block_status) return 0 for success, which means all
 /// of it; a negative errno; or BLKFUSE_PENDING, after which the host calls
-/// blkfuse_request_complete() exactly once. If they did not return
-/// BLKFUSE_PENDING `request` is not valid any more. Buffers stay valid until
+/// blkfuse_request_complete() or blkfuse_request_forward() exactly once. If
+/// they did not return BLKFUSE_PENDING `request` is not valid any more. Buffers stay valid until
 /// the request is completed, and are page-aligned. `flags` are 0 unless a
 /// callback says otherwise; a callback that finds a flag it does not know must
 /// fail with -ENOTSUP.
@@ -402,12 +404,23 @@ impl BlockDriver for CDriver {
 
     async fn read(&self, io: &Io<'_>, buf: &mut ReadBuf<'_>, offset: u64) -> io::Result<()> {
         let callback = self.host.ops.read.ok_or_else(unsupported)?;
-        let bytes = buf.bytes_mut();
-        let (buffer, len) = (bytes.as_mut_ptr().cast(), bytes.len() as u64);
+        let bytes = buf.unfilled();
+        let (buffer, len) = (bytes.as_mut_ptr().cast(), bytes.len());
         let request = self.request(io);
         // SAFETY: see above.
-        let call = |name, _| unsafe { callback(self.host.opaque, name, buffer, offset, len, 0) };
-        request.run(call).await
+        let call =
+            |name| unsafe { callback(self.host.opaque, name, buffer, offset, len as u64, 0) };
+        match request.run_or_forward(call).await {
+            Answer::Result(result) => {
+                result?;
+                buf.advance(len);
+            }
+            Answer::Forward(place) => {
+                io.read_at(place.file(), buf, len, place.offset).await?;
+                buf.zero_rest();
+            }
+        }
+        Ok(())
     }
 
     async fn write(&self, io: &Io<'_>, data: &[u8], offset: u64) -> io::Result<()> {
@@ -415,8 +428,11 @@ impl BlockDriver for CDriver {
         let (buffer, len) = (data.as_ptr().cast(), data.len() as u64);
         let request = self.request(io);
         // SAFETY: see above.
-        let call = |name, _| unsafe { callback(self.host.opaque, name, buffer, offset, len, 0) };
-        request.run(call).await
+        let call = |name| unsafe { callback(self.host.opaque, name, buffer, offset, len, 0) };
+        match request.run_or_forward(call).await {
+            Answer::Result(result) => result,
+            Answer::Forward(place) => io.write_at(place.file(), data, place.offset).await,
+        }
     }
 
     async fn flush(&self, io: &Io<'_>) -> io::Result<()> {
@@ -424,15 +440,21 @@ impl BlockDriver for CDriver {
             return Ok(());
         };
         // SAFETY: see above.
-        let call = |name, _| unsafe { callback(self.host.opaque, name, 0) };
-        self.request(io).run(call).await
+        let call = |name| unsafe { callback(self.host.opaque, name, 0) };
+        match self.request(io).run_or_forward(call).await {
+            Answer::Result(result) => result,
+            Answer::Forward(place) => io.sync(place.file(), true).await,
+        }
     }
 
     async fn discard(&self, io: &Io<'_>, offset: u64, bytes: u64) -> io::Result<()> {
         let callback = self.host.ops.discard.ok_or_else(unsupported)?;
         // SAFETY: see above.
-        let call = |name, _| unsafe { callback(self.host.opaque, name, offset, bytes, 0) };
-        self.request(io).run(call).await
+        let call = |name| unsafe { callback(self.host.opaque, name, offset, bytes, 0) };
+        match self.request(io).run_or_forward(call).await {
+            Answer::Result(result) => result,
+            Answer::Forward(place) => io.discard(place.file(), place.offset, bytes).await,
+        }
     }
 
     async fn write_zeroes(
@@ -445,8 +467,18 @@ impl BlockDriver for CDriver {
         let callback = self.host.ops.write_zeroes.ok_or_else(unsupported)?;
         let flags = if may_unmap { BLKFUSE_MAY_UNMAP } else { 0 };
         // SAFETY: see above.
-        let call = |name, _| unsafe { callback(self.host.opaque, name, offset, bytes, flags) };
-        self.request(io).run(call).await
+        let call = |name| unsafe { callback(self.host.opaque, name, offset, bytes, flags) };
+        let place = match self.request(io).run_or_forward(call).await {
+            Answer::Result(result) => return result,
+            Answer::Forward(place) => place,
+        };
+        if may_unmap {
+            match io.discard(place.file(), place.offset, bytes).await {
+                Err(e) if e.kind() == io::ErrorKind::Unsupported => {}
+                done => return done,
+            }
+        }
+        io.write_zeroes(place.file(), place.offset, bytes).await
     }
 
     async fn truncate(&self, io: &Io<'_>, length: u64) -> io::Result<()> {

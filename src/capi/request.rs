@@ -10,15 +10,20 @@
 //!
 //! ```text
 //!   Idle --begin--> Calling --returned PENDING--> Waiting --complete--> Waking --> Done
-//!                      \-------------------complete---------------------------------^
+//!                      |\-------------------complete---------------------------------^
+//!                      \---forward---> Storing --returned PENDING--> Waking --> Done
+//!                                         \----------------------------------------^
 //! ```
 //!
 //! The completing thread touches the waker only between Waking and Done, when
-//! the queue leaves it alone, and nothing at all after Done.
+//! the queue leaves it alone, and nothing at all after Done. A request is
+//! forwarded instead in the same way, but for the place, which is more than a
+//! word: it is stored in Storing or Waking.
 
 use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_void};
 use std::io;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering::*};
 use std::task::{Context, Poll, Waker};
@@ -56,6 +61,8 @@ pub(super) struct CRequest {
     waker: UnsafeCell<Option<Waker>>,
     /// Where a block_status callback stores its answer.
     extent: UnsafeCell<blkfuse_extent>,
+    /// Where the host has the request done, if it is forwarded.
+    offset: AtomicU64,
     queue_ctx: AtomicPtr<c_void>,
     /// The host's room, in units that are aligned for anything; dangling if
     /// there are none. Not a `Box`: the host's pointers into it may be used
@@ -82,6 +89,7 @@ enum Phase {
     Waiting,
     Waking,
     Done,
+    Storing,
 }
 
 /// The state's parts: the use's number, its phase, the completion's result.
@@ -89,12 +97,43 @@ enum Phase {
 struct State {
     usage: u16,
     phase: Phase,
+    /// Whether the request is of a kind that can be forwarded.
+    forwardable: bool,
+    /// It was; the result is the descriptor.
+    forwarded: bool,
     result: i32,
+}
+
+/// What the host has said to a request.
+#[derive(Debug)]
+pub(super) enum Answer {
+    Result(io::Result<()>),
+    /// To do it there.
+    Forward(Place),
+}
+
+/// A place in another file.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place {
+    fd: RawFd,
+    pub(super) offset: u64,
+}
+
+impl Place {
+    pub(super) fn file(&self) -> BorrowedFd<'_> {
+        // SAFETY: the host promises, by blkfuse_request_forward(), that the
+        // descriptor stays open until the request is answered.
+        unsafe { BorrowedFd::borrow_raw(self.fd) }
+    }
 }
 
 impl State {
     fn pack(self) -> u64 {
-        u64::from(self.usage) << 48 | (self.phase as u64) << 32 | u64::from(self.result as u32)
+        u64::from(self.usage) << 48
+            | u64::from(self.forwarded) << 41
+            | u64::from(self.forwardable) << 40
+            | (self.phase as u64) << 32
+            | u64::from(self.result as u32)
     }
 
     fn unpack(word: u64) -> Self {
@@ -103,11 +142,14 @@ impl State {
             1 => Phase::Calling,
             2 => Phase::Waiting,
             3 => Phase::Waking,
-            _ => Phase::Done,
+            4 => Phase::Done,
+            _ => Phase::Storing,
         };
         Self {
             usage: (word >> 48) as u16,
             phase,
+            forwardable: word >> 40 & 1 == 1,
+            forwarded: word >> 41 & 1 == 1,
             result: word as u32 as i32,
         }
     }
@@ -119,6 +161,7 @@ impl CRequest {
             state: AtomicU64::new(0),
             waker: UnsafeCell::new(None),
             extent: UnsafeCell::default(),
+            offset: AtomicU64::new(0),
             queue_ctx: AtomicPtr::new(queue_ctx),
             ctx: Box::leak(vec![0u128; ctx_size.div_ceil(size_of::<u128>())].into_boxed_slice())
                 .into(),
@@ -126,7 +169,7 @@ impl CRequest {
     }
 
     /// The queue's thread begins a use; returns the host's name for it.
-    fn begin(&self, waker: &Waker) -> *mut blkfuse_request {
+    fn begin(&self, waker: &Waker, forwardable: bool) -> *mut blkfuse_request {
         let before = State::unpack(self.state.load(Acquire));
         debug_assert_eq!(before.phase, Phase::Idle);
         // SAFETY: in Idle no other thread touches the waker: a completing one
@@ -142,6 +185,8 @@ impl CRequest {
         let state = State {
             usage,
             phase: Phase::Calling,
+            forwardable,
+            forwarded: false,
             result: 0,
         };
         self.state.store(state.pack(), Release);
@@ -149,58 +194,131 @@ impl CRequest {
         base.wrapping_byte_add(usize::from(usage))
     }
 
-    /// The callback has returned `answer`. Ready with the request's result, or
-    /// pending until it is completed.
-    fn returned(&self, answer: c_int) -> Poll<io::Result<()>> {
-        let state = State::unpack(self.state.load(Acquire));
-        if answer == BLKFUSE_PENDING {
-            let calling = State {
-                phase: Phase::Calling,
+    /// The callback has returned `answer`. Ready with the request's answer, or
+    /// pending until there is one.
+    fn returned(&self, answer: c_int) -> Poll<Answer> {
+        let mut word = self.state.load(Acquire);
+        loop {
+            let state = State::unpack(word);
+            let phase = match state.phase {
+                Phase::Calling if answer == BLKFUSE_PENDING => Phase::Waiting,
+                Phase::Calling => Phase::Idle,
+                // Whoever forwards it is told to wake us.
+                Phase::Storing => Phase::Waking,
+                _ => {
+                    check_pending(answer);
+                    return self.poll_done();
+                }
+            };
+            let next = State {
+                phase,
                 result: 0,
                 ..state
             };
-            let waiting = State {
-                phase: Phase::Waiting,
-                ..calling
-            };
-            let exchange =
-                self.state
-                    .compare_exchange(calling.pack(), waiting.pack(), AcqRel, Acquire);
-            return match exchange {
-                Ok(_) => Poll::Pending,
-                // Completed before the callback returned.
-                Err(_) => self.poll_done(),
-            };
+            match self
+                .state
+                .compare_exchange_weak(word, next.pack(), AcqRel, Acquire)
+            {
+                Err(now) => word = now,
+                Ok(_) if phase == Phase::Idle => {
+                    return Poll::Ready(Answer::Result(result_of(answer)));
+                }
+                Ok(_) => {
+                    check_pending(answer);
+                    return Poll::Pending;
+                }
+            }
         }
-        let idle = State {
-            phase: Phase::Idle,
-            result: 0,
-            ..state
-        };
-        let before = State::unpack(self.state.swap(idle.pack(), AcqRel));
-        if before.phase == Phase::Done {
-            log::error!(
-                "a driver callback completed its request and also returned {answer}; \
-                 it must return BLKFUSE_PENDING"
-            );
-            return Poll::Ready(result_of(before.result));
-        }
-        Poll::Ready(result_of(answer))
     }
 
-    /// The result, if the host has completed the request.
-    fn poll_done(&self) -> Poll<io::Result<()>> {
+    /// The answer, if the host has given it.
+    fn poll_done(&self) -> Poll<Answer> {
         let state = State::unpack(self.state.load(Acquire));
         if state.phase != Phase::Done {
             return Poll::Pending;
         }
+        let answer = if state.forwarded {
+            Answer::Forward(Place {
+                fd: state.result,
+                offset: self.offset.load(Relaxed),
+            })
+        } else {
+            Answer::Result(result_of(state.result))
+        };
         let idle = State {
             phase: Phase::Idle,
+            forwarded: false,
             result: 0,
             ..state
         };
         self.state.store(idle.pack(), Release);
-        Poll::Ready(result_of(state.result))
+        Poll::Ready(answer)
+    }
+
+    /// The host has use `usage` done at `place`.
+    fn forward(&self, usage: u16, place: Place) -> Result<()> {
+        let mut word = self.state.load(Acquire);
+        let mut claimed = loop {
+            let state = State::unpack(word);
+            let phase = match state.phase {
+                _ if state.usage != usage => return Err(answered_already()),
+                Phase::Calling => Phase::Storing,
+                Phase::Waiting => Phase::Waking,
+                _ => return Err(answered_already()),
+            };
+            if !state.forwardable {
+                return Err(invalid("requests of this kind cannot be forwarded"));
+            }
+            let claimed = State { phase, ..state };
+            match self
+                .state
+                .compare_exchange_weak(word, claimed.pack(), AcqRel, Acquire)
+            {
+                Ok(_) => break claimed,
+                Err(now) => word = now,
+            }
+        };
+        // Nobody else stores it: we alone have claimed this use.
+        self.offset.store(place.offset, Relaxed);
+        claimed.forwarded = true;
+        claimed.result = place.fd;
+        if claimed.phase == Phase::Storing {
+            let storing = State {
+                forwarded: false,
+                result: 0,
+                ..claimed
+            };
+            let done = State {
+                phase: Phase::Done,
+                ..claimed
+            };
+            let exchange =
+                self.state
+                    .compare_exchange(storing.pack(), done.pack(), AcqRel, Acquire);
+            if exchange.is_ok() {
+                // The callback's return will find it: nobody sleeps.
+                return Ok(());
+            }
+        }
+        self.finish(claimed);
+        Ok(())
+    }
+
+    /// From Waking to Done, as `claimed` says; by who has claimed it.
+    fn finish(&self, claimed: State) {
+        // SAFETY: we alone have claimed this use, which is in Waking, and until
+        // it is Done the queue's thread does not touch the waker.
+        let waker = unsafe { &*self.waker.get() }.clone();
+        let done = State {
+            phase: Phase::Done,
+            ..claimed
+        };
+        self.state.store(done.pack(), Release);
+        // From here on the request, and with it the whole export, may be gone;
+        // the waker keeps alive what it needs.
+        if let Some(waker) = waker {
+            waker.wake();
+        }
     }
 
     /// The host completes use `usage` with `result`.
@@ -212,7 +330,7 @@ impl CRequest {
                 _ if state.usage != usage => return Err(answered_already()),
                 Phase::Calling => Phase::Done,
                 Phase::Waiting => Phase::Waking,
-                Phase::Idle | Phase::Waking | Phase::Done => return Err(answered_already()),
+                _ => return Err(answered_already()),
             };
             let claimed = State {
                 phase: next,
@@ -227,20 +345,7 @@ impl CRequest {
                 // The callback's return will find it: nobody sleeps.
                 Ok(_) if next == Phase::Done => return Ok(()),
                 Ok(_) => {
-                    // SAFETY: we alone have moved this use to Waking, and
-                    // until it is Done the queue's thread does not touch the
-                    // waker.
-                    let waker = unsafe { &*self.waker.get() }.clone();
-                    let done = State {
-                        phase: Phase::Done,
-                        ..claimed
-                    };
-                    self.state.store(done.pack(), Release);
-                    // From here on the request, and with it the whole export,
-                    // may be gone; the waker keeps alive what it needs.
-                    if let Some(waker) = waker {
-                        waker.wake();
-                    }
+                    self.finish(claimed);
                     return Ok(());
                 }
             }
@@ -253,10 +358,29 @@ impl CRequest {
         &self,
         callback: impl FnOnce(*mut blkfuse_request, *mut blkfuse_extent) -> c_int,
     ) -> io::Result<()> {
+        match self.call(false, callback).await {
+            Answer::Result(result) => result,
+            Answer::Forward(_) => unreachable!("refused"),
+        }
+    }
+
+    /// As [`run`](Self::run), for a request that may be forwarded.
+    pub(super) async fn run_or_forward(
+        &self,
+        callback: impl FnOnce(*mut blkfuse_request) -> c_int,
+    ) -> Answer {
+        self.call(true, |name, _| callback(name)).await
+    }
+
+    async fn call(
+        &self,
+        forwardable: bool,
+        callback: impl FnOnce(*mut blkfuse_request, *mut blkfuse_extent) -> c_int,
+    ) -> Answer {
         let mut callback = Some(callback);
         std::future::poll_fn(|cx: &mut Context<'_>| match callback.take() {
             Some(callback) => {
-                let name = self.begin(cx.waker());
+                let name = self.begin(cx.waker(), forwardable);
                 self.returned(callback(name, self.extent.get()))
             }
             None => self.poll_done(),
@@ -277,6 +401,16 @@ impl Drop for CRequest {
         // SAFETY: `new` leaked this box, and the host has no claim to it any
         // more: no request is in flight.
         drop(unsafe { Box::from_raw(self.ctx.as_ptr()) });
+    }
+}
+
+/// Says what is wrong with a callback that answers a request twice.
+fn check_pending(returned: c_int) {
+    if returned != BLKFUSE_PENDING {
+        log::error!(
+            "a driver callback completed or forwarded its request and also returned {returned}; \
+             it must return BLKFUSE_PENDING"
+        );
     }
 }
 
@@ -337,6 +471,56 @@ pub unsafe extern "C" fn blkfuse_request_complete(
         // SAFETY: the caller's promise.
         let (request, usage) = unsafe { resolve(request) }?;
         request.complete(usage, result).map(|()| 0)
+    })
+}
+
+/// Has a request done elsewhere: its bytes are those from `offset` on of the
+/// file that `fd` is open on, a regular file or a block device. The library
+/// does the I/O itself, between that file and the request's buffer and without
+/// a thread waiting for it, and completes the request. To be called in place
+/// of blkfuse_request_complete(), with all that is said there; within the
+/// callback, which then returns what this returns:
+///
+///     return blkfuse_request_forward(request, disk->fd, disk->start + offset);
+///
+/// or later, if the callback returned BLKFUSE_PENDING.
+///
+///     read          as pread(2); what lies past the end of the file is zeroes
+///     write         as pwrite(2)
+///     flush         as fdatasync(2); `offset` is of no meaning
+///     discard       punches a hole with fallocate(2)
+///     write_zeroes  zeroes the range with fallocate(2), or punches a hole if
+///                   it comes with BLKFUSE_MAY_UNMAP
+///
+/// What a file cannot discard or zero is done as if the callback had returned
+/// -ENOTSUP. Other errors of the I/O are the request's: also those of a
+/// descriptor that is not open for what is asked of it. The descriptor must
+/// stay open until the request has been answered, which a drain waits for; it
+/// is used with its status flags, O_DIRECT and the alignment it wants among
+/// them (the buffer is page-aligned).
+///
+/// Returns BLKFUSE_PENDING; -EALREADY: as for blkfuse_request_complete();
+/// -EBADF: `fd` is negative; -EINVAL: `request` is NULL, or is a truncate or a
+/// block_status. After an error the request is as it was before.
+///
+/// # Safety
+/// As for blkfuse_request_complete(), and `fd` is open until the request has
+/// been answered.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn blkfuse_request_forward(
+    request: *mut blkfuse_request,
+    fd: c_int,
+    offset: u64,
+) -> c_int {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let (request, usage) = unsafe { resolve(request) }?;
+        if fd < 0 {
+            let text = format!("a request cannot be forwarded to descriptor {fd}");
+            return Err(Error::new(libc::EBADF, text));
+        }
+        let forwarded = request.forward(usage, Place { fd, offset });
+        forwarded.map(|()| BLKFUSE_PENDING)
     })
 }
 
@@ -469,10 +653,93 @@ mod tests {
         assert!(result.is_err());
     }
 
+    fn forward(name: usize, request: &CRequest, fd: c_int, offset: u64) -> c_int {
+        let base = &raw const *request;
+        let name = base.wrapping_byte_add(name - base.addr());
+        // SAFETY: the request lives on the test's stack or in its Arc.
+        unsafe { blkfuse_request_forward(name.cast::<blkfuse_request>().cast_mut(), fd, offset) }
+    }
+
+    fn place(answer: Answer) -> (RawFd, u64) {
+        match answer {
+            Answer::Forward(place) => (place.fd, place.offset),
+            Answer::Result(result) => panic!("not forwarded: {result:?}"),
+        }
+    }
+
+    #[test]
+    fn a_request_is_forwarded_or_completed_but_not_both() {
+        let request = CRequest::new(std::ptr::null_mut(), 0);
+        let answer = block_on(request.run_or_forward(|name| {
+            assert_eq!(forward(name.addr(), &request, -1, 9), -libc::EBADF);
+            let pending = forward(name.addr(), &request, 7, 1 << 40);
+            assert_eq!(forward(name.addr(), &request, 8, 0), -libc::EALREADY);
+            assert_eq!(complete(name.addr(), &request, 0), -libc::EALREADY);
+            pending
+        }));
+        assert_eq!(place(answer), (7, 1 << 40));
+        let answer = block_on(request.run_or_forward(|name| {
+            assert_eq!(complete(name.addr(), &request, -libc::EIO), 0);
+            assert_eq!(forward(name.addr(), &request, 8, 0), -libc::EALREADY);
+            BLKFUSE_PENDING
+        }));
+        assert!(matches!(answer, Answer::Result(Err(_))));
+        // The use after a forwarded one is an ordinary one again.
+        assert!(matches!(
+            block_on(request.run_or_forward(|_| 0)),
+            Answer::Result(Ok(()))
+        ));
+    }
+
+    #[test]
+    fn what_is_returned_beside_a_forward_does_not_count() {
+        let request = CRequest::new(std::ptr::null_mut(), 0);
+        let answer = block_on(request.run_or_forward(|name| {
+            forward(name.addr(), &request, 7, 3);
+            -libc::EIO
+        }));
+        assert_eq!(place(answer), (7, 3));
+    }
+
+    #[test]
+    fn some_requests_cannot_be_forwarded() {
+        let request = CRequest::new(std::ptr::null_mut(), 0);
+        block_on(request.run(|name, _| {
+            assert_eq!(forward(name.addr(), &request, 7, 0), -libc::EINVAL);
+            0
+        }))
+        .unwrap();
+    }
+
+    #[test]
+    fn a_request_may_be_forwarded_from_any_thread_at_any_time() {
+        let rounds = if cfg!(miri) { 30 } else { 20_000 };
+        let request = Arc::new(CRequest::new(std::ptr::null_mut(), 0));
+        let (send, receive) = std::sync::mpsc::channel::<(usize, c_int)>();
+        let forwarding = request.clone();
+        let worker = thread::spawn(move || {
+            for (name, fd) in receive {
+                let offset = 1000 + fd as u64;
+                let forwarded = forward(name, &forwarding, fd, offset);
+                assert_eq!(forwarded, BLKFUSE_PENDING);
+                assert_eq!(forward(name, &forwarding, 0, 0), -libc::EALREADY);
+            }
+        });
+        for fd in 0..rounds {
+            let answer = block_on(request.run_or_forward(|name| {
+                send.send((name.addr(), fd)).unwrap();
+                BLKFUSE_PENDING
+            }));
+            assert_eq!(place(answer), (fd, 1000 + fd as u64));
+        }
+        drop(send);
+        worker.join().unwrap();
+    }
+
     #[test]
     fn contexts_are_aligned_and_apart() {
         let a = CRequest::new(std::ptr::null_mut(), 17);
-        let name = a.begin(Waker::noop());
+        let name = a.begin(Waker::noop(), false);
         // SAFETY: the request lives on this stack.
         let ctx = unsafe { blkfuse_request_ctx(name) };
         assert!(ctx.addr().is_multiple_of(16));

@@ -1,5 +1,5 @@
 //! The driver that an export gets: one of the image drivers, plus the way to
-//! the main thread. All I/O is done at once, in the thread that asks.
+//! the main thread.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -62,30 +62,34 @@ impl BlockDriver for Backend {
         }
     }
 
-    async fn read(&self, _: &Io<'_>, buf: &mut ReadBuf<'_>, offset: u64) -> io::Result<()> {
+    async fn read(&self, io: &Io<'_>, buf: &mut ReadBuf<'_>, offset: u64) -> io::Result<()> {
         match &*self.image {
-            Image::Raw(raw) => raw.read(buf.bytes_mut(), offset)?,
+            Image::Raw(raw) => raw.read(io, buf, offset).await?,
             Image::Ram(ram) => ram.read(buf.bytes_mut(), offset),
             Image::Null(_) => buf.zero(),
         }
         Ok(())
     }
 
-    async fn write(&self, _: &Io<'_>, data: &[u8], offset: u64) -> io::Result<()> {
+    async fn write(&self, io: &Io<'_>, data: &[u8], offset: u64) -> io::Result<()> {
         match &*self.image {
-            Image::Raw(raw) => raw.write(data, offset),
+            Image::Raw(raw) => raw.write(io, data, offset).await,
             Image::Ram(ram) => ram.write(data, offset),
             Image::Null(_) => Ok(()),
         }
     }
 
-    async fn flush(&self, _: &Io<'_>) -> io::Result<()> {
-        self.image.flush()
+    async fn flush(&self, io: &Io<'_>) -> io::Result<()> {
+        match &*self.image {
+            Image::Raw(raw) => raw.flush(io).await,
+            // Nothing there outlives the process.
+            Image::Ram(_) | Image::Null(_) => Ok(()),
+        }
     }
 
-    async fn discard(&self, _: &Io<'_>, offset: u64, bytes: u64) -> io::Result<()> {
+    async fn discard(&self, io: &Io<'_>, offset: u64, bytes: u64) -> io::Result<()> {
         match &*self.image {
-            Image::Raw(raw) => raw.discard(offset, bytes)?,
+            Image::Raw(raw) => raw.discard(io, offset, bytes).await?,
             Image::Ram(ram) => ram.discard(offset, bytes),
             Image::Null(_) => {}
         }
@@ -94,13 +98,13 @@ impl BlockDriver for Backend {
 
     async fn write_zeroes(
         &self,
-        _: &Io<'_>,
+        io: &Io<'_>,
         offset: u64,
         bytes: u64,
         may_unmap: bool,
     ) -> io::Result<()> {
         match &*self.image {
-            Image::Raw(raw) => raw.write_zeroes(offset, bytes, may_unmap),
+            Image::Raw(raw) => raw.write_zeroes(io, offset, bytes, may_unmap).await,
             Image::Ram(ram) if may_unmap => {
                 ram.discard(offset, bytes);
                 Ok(())

@@ -57,9 +57,10 @@ impl Image {
         }
     }
 
+    /// Makes everything durable, when nobody serves requests.
     pub fn flush(&self) -> io::Result<()> {
         match self {
-            Self::Raw(raw) => raw.flush(),
+            Self::Raw(raw) => raw.flush_now(),
             // Nothing here outlives the process.
             Self::Ram(_) | Self::Null(_) => Ok(()),
         }

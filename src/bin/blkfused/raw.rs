@@ -3,12 +3,11 @@
 use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
-use blkfuse::Extent;
+use blkfuse::{Extent, Io, ReadBuf};
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
 
 use crate::direct::Direct;
@@ -86,34 +85,29 @@ impl Raw {
         self.file.as_fd()
     }
 
-    pub fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        let mut done = 0;
+    pub async fn read(&self, io: &Io<'_>, buf: &mut ReadBuf<'_>, offset: u64) -> io::Result<()> {
         let mut direct = self.direct.as_ref();
-        while done < buf.len() {
-            let at = offset + done as u64;
-            let (file, len) = self.route(direct, &buf[done..], at);
-            match file.read_at(&mut buf[done..done + len], at) {
-                Ok(0) => {
-                    // The image was cut short behind our back.
-                    buf[done..].fill(0);
-                    return Ok(());
-                }
-                Ok(n) => done += n,
+        while buf.filled() < buf.len() {
+            let at = offset + buf.filled() as u64;
+            let (file, len) = self.route(direct, buf.unfilled(), at);
+            match io.read_at(file.as_fd(), buf, len, at).await {
+                // The image was cut short behind our back.
+                Ok(n) if n < len => buf.zero_rest(),
+                Ok(_) => {}
                 Err(e) => direct = retry(e, direct)?,
             }
         }
         Ok(())
     }
 
-    pub fn write(&self, data: &[u8], offset: u64) -> io::Result<()> {
+    pub async fn write(&self, io: &Io<'_>, data: &[u8], offset: u64) -> io::Result<()> {
         let mut done = 0;
         let mut direct = self.direct.as_ref();
         while done < data.len() {
             let at = offset + done as u64;
             let (file, len) = self.route(direct, &data[done..], at);
-            match file.write_at(&data[done..done + len], at) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(n) => done += n,
+            match io.write_at(file.as_fd(), &data[done..done + len], at).await {
+                Ok(()) => done += len,
                 Err(e) => direct = retry(e, direct)?,
             }
         }
@@ -136,60 +130,64 @@ impl Raw {
 
     /// Makes everything written so far durable, in whichever way it was
     /// written.
-    pub fn flush(&self) -> io::Result<()> {
-        // The kernel reports a failed write-back once, then counts the lost
-        // pages as clean: the next fsync would succeed. It must not, because
-        // what it covers did not reach the disk.
-        let failed = self.flush_error.load(Ordering::Acquire);
-        if failed != 0 {
-            return Err(io::Error::from_raw_os_error(failed));
-        }
-        let result = if self.resized.swap(false, Ordering::AcqRel) {
-            self.file.sync_all()
-        } else {
-            self.file.sync_data()
-        };
-        if let Err(e) = &result {
-            let errno = e.raw_os_error().unwrap_or(libc::EIO);
-            self.flush_error.store(errno, Ordering::Release);
-        }
-        result
+    pub async fn flush(&self, io: &Io<'_>) -> io::Result<()> {
+        self.check_flushes()?;
+        let result = io.sync(self.file.as_fd(), !self.take_resized()).await;
+        self.note_flush(result)
     }
 
-    pub fn discard(&self, offset: u64, bytes: u64) -> io::Result<()> {
+    /// As [`flush`](Self::flush), when nobody serves requests.
+    pub fn flush_now(&self) -> io::Result<()> {
+        self.check_flushes()?;
+        let result = match self.take_resized() {
+            true => self.file.sync_all(),
+            false => self.file.sync_data(),
+        };
+        self.note_flush(result)
+    }
+
+    /// The kernel reports a failed write-back once, then counts the lost pages
+    /// as clean: the next fsync would succeed. It must not, because what it
+    /// covers did not reach the disk.
+    fn check_flushes(&self) -> io::Result<()> {
+        match self.flush_error.load(Ordering::Acquire) {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+
+    fn take_resized(&self) -> bool {
+        self.resized.swap(false, Ordering::AcqRel)
+    }
+
+    fn note_flush(&self, result: io::Result<()>) -> io::Result<()> {
+        result.inspect_err(|e| {
+            let errno = e.raw_os_error().unwrap_or(libc::EIO);
+            self.flush_error.store(errno, Ordering::Release);
+        })
+    }
+
+    pub async fn discard(&self, io: &Io<'_>, offset: u64, bytes: u64) -> io::Result<()> {
         if !self.discard {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, offset, bytes)
+        io.discard(self.file.as_fd(), offset, bytes).await
     }
 
-    pub fn write_zeroes(&self, offset: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
+    pub async fn write_zeroes(
+        &self,
+        io: &Io<'_>,
+        offset: u64,
+        bytes: u64,
+        may_unmap: bool,
+    ) -> io::Result<()> {
         if may_unmap && self.discard {
-            match self.discard(offset, bytes) {
+            match self.discard(io, offset, bytes).await {
                 Err(e) if e.kind() == io::ErrorKind::Unsupported => {}
                 done => return done,
             }
         }
-        self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, bytes)
-    }
-
-    fn fallocate(&self, mode: FallocateFlags, offset: u64, bytes: u64) -> io::Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        let mode = mode | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        let (start, len) = (to_off(offset)?, to_off(bytes)?);
-        loop {
-            match fallocate(&self.file, mode, start, len) {
-                Err(Errno::EINTR) => {}
-                // A device zeroes whole sectors only.
-                Err(Errno::EINVAL) if self.block_device => {
-                    return Err(io::ErrorKind::Unsupported.into());
-                }
-                Err(errno) => return Err(errno.into()),
-                Ok(()) => return Ok(()),
-            }
-        }
+        io.write_zeroes(self.file.as_fd(), offset, bytes).await
     }
 
     pub fn truncate(&self, length: u64) -> io::Result<()> {
@@ -243,9 +241,6 @@ impl Raw {
 /// does not take (its device may be pickier than expected) is tried buffered;
 /// if the fault was another, it will show there.
 fn retry(error: io::Error, direct: Option<&Direct>) -> io::Result<Option<&Direct>> {
-    if error.kind() == io::ErrorKind::Interrupted {
-        return Ok(direct);
-    }
     if direct.is_some() && error.raw_os_error() == Some(libc::EINVAL) {
         return Ok(None);
     }
@@ -272,6 +267,24 @@ mod tests {
     use std::fs::OpenOptions;
     use std::os::unix::fs::OpenOptionsExt;
     use std::path::Path;
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    /// The outcome of a future that never waits.
+    fn now<T>(future: impl Future<Output = T>) -> T {
+        match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(outcome) => outcome,
+            Poll::Pending => panic!("it waits"),
+        }
+    }
+
+    fn read(raw: &Raw, memory: &mut [u8], offset: u64) {
+        now(raw.read(&Io::detached(), &mut ReadBuf::from(memory), offset)).unwrap();
+    }
+
+    fn write(raw: &Raw, data: &[u8], offset: u64) {
+        now(raw.write(&Io::detached(), data, offset)).unwrap();
+    }
 
     fn open(path: &Path, flags: i32) -> io::Result<File> {
         OpenOptions::new()
@@ -328,15 +341,15 @@ mod tests {
             let memory = &mut pages[place..place + len];
             if number(2) == 0 {
                 memory.fill((round % 255) as u8 + 1);
-                raw.write(memory, offset as u64).unwrap();
+                write(&raw, memory, offset as u64);
                 model[offset..offset + len].copy_from_slice(memory);
             } else {
                 memory.fill(0);
-                raw.read(memory, offset as u64).unwrap();
+                read(&raw, memory, offset as u64);
                 assert!(*memory == model[offset..offset + len], "round {round}");
             }
         }
-        raw.flush().unwrap();
+        raw.flush_now().unwrap();
         assert!(std::fs::read(image.path()).unwrap() == model);
     }
 
@@ -366,7 +379,7 @@ mod tests {
                     let aligned = memory.as_ptr().addr().next_multiple_of(512);
                     let slice = &memory[aligned - memory.as_ptr().addr()..][..7680];
                     for stripe in 0..32 {
-                        raw.write(slice, stripe * 32768 + thread * 7680).unwrap();
+                        write(raw, slice, stripe * 32768 + thread * 7680);
                     }
                 });
             }
@@ -387,13 +400,13 @@ mod tests {
                 Ok(raw) => raw,
                 Err(e) => return skip(&format!("no O_DIRECT here: {e}")),
             };
-            raw.write(&[7; 100_000], 0).unwrap();
+            write(&raw, &[7; 100_000], 0);
             image.as_file().set_len(5000).unwrap();
             let mut buf = vec![0xaa; 100_000];
-            raw.read(&mut buf, 0).unwrap();
+            read(&raw, &mut buf, 0);
             assert!(buf[..5000].iter().all(|b| *b == 7));
             assert!(buf[5000..].iter().all(|b| *b == 0));
-            raw.read(&mut buf[..10], 50_000).unwrap();
+            read(&raw, &mut buf[..10], 50_000);
             assert_eq!(buf[..10], [0; 10]);
             let past = raw.block_status(50_000, 10).unwrap();
             assert_eq!(
@@ -415,16 +428,16 @@ mod tests {
         assert_eq!(raw.block_status(100, 1).unwrap(), hole((1 << 20) - 100));
         assert_eq!(raw.allocated_size().unwrap(), Some(0));
 
-        raw.write(&[1; 65536], 65536).unwrap();
-        raw.flush().unwrap();
+        write(&raw, &[1; 65536], 65536);
+        raw.flush_now().unwrap();
         assert_eq!(raw.block_status(0, 1).unwrap(), hole(65536));
         assert_eq!(raw.block_status(65536 + 1, 1).unwrap(), data(65535));
         assert_eq!(raw.allocated_size().unwrap(), Some(65536));
 
-        raw.discard(65536, 32768 + 1).unwrap();
+        now(raw.discard(&Io::detached(), 65536, 32768 + 1)).unwrap();
         assert_eq!(raw.allocated_size().unwrap(), Some(32768));
         let mut buf = [9; 2];
-        raw.read(&mut buf, 65536 + 32768).unwrap();
+        read(&raw, &mut buf, 65536 + 32768);
         assert_eq!(buf, [0, 1]);
         assert_eq!(raw.length().unwrap(), 1 << 20);
     }
@@ -433,9 +446,9 @@ mod tests {
     fn zeroes_stay_allocated_unless_they_may_go() {
         let image = image(1 << 20);
         let raw = raw(image.path(), false, true).unwrap();
-        raw.write(&[1; 65536], 0).unwrap();
-        raw.flush().unwrap();
-        match raw.write_zeroes(0, 65536, false) {
+        write(&raw, &[1; 65536], 0);
+        raw.flush_now().unwrap();
+        match now(raw.write_zeroes(&Io::detached(), 0, 65536, false)) {
             Err(e) if e.kind() == io::ErrorKind::Unsupported => {
                 return skip("this file system has no ZERO_RANGE");
             }
@@ -443,7 +456,7 @@ mod tests {
         }
         assert_eq!(raw.allocated_size().unwrap(), Some(65536));
         assert!(std::fs::read(image.path()).unwrap().iter().all(|b| *b == 0));
-        raw.write_zeroes(0, 65536, true).unwrap();
+        now(raw.write_zeroes(&Io::detached(), 0, 65536, true)).unwrap();
         assert_eq!(raw.allocated_size().unwrap(), Some(0));
     }
 
@@ -451,11 +464,11 @@ mod tests {
     fn without_discard_nothing_frees_space() {
         let image = image(1 << 20);
         let raw = raw(image.path(), false, false).unwrap();
-        raw.write(&[1; 65536], 0).unwrap();
-        raw.flush().unwrap();
-        let refused = raw.discard(0, 65536).unwrap_err();
+        write(&raw, &[1; 65536], 0);
+        raw.flush_now().unwrap();
+        let refused = now(raw.discard(&Io::detached(), 0, 65536)).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::Unsupported);
-        match raw.write_zeroes(0, 65536, true) {
+        match now(raw.write_zeroes(&Io::detached(), 0, 65536, true)) {
             Err(e) if e.kind() == io::ErrorKind::Unsupported => {}
             result => result.unwrap(),
         }
@@ -468,7 +481,7 @@ mod tests {
         let raw = raw(image.path(), false, true).unwrap();
         assert!(raw.can_truncate());
         raw.truncate(1_000_001).unwrap();
-        raw.flush().unwrap();
+        raw.flush_now().unwrap();
         assert_eq!(raw.length().unwrap(), 1_000_001);
     }
 
@@ -477,8 +490,9 @@ mod tests {
         let image = image(10);
         let raw = raw(image.path(), false, true).unwrap();
         raw.flush_error.store(libc::ENOSPC, Ordering::Release);
-        let error = raw.flush().unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+        for result in [raw.flush_now(), now(raw.flush(&Io::detached()))] {
+            assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+        }
     }
 
     #[test]
