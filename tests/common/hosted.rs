@@ -153,7 +153,10 @@ fn states(process: u32) -> String {
         let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
         let stat = read("stat");
         let state = stat.rsplit(") ").next().unwrap_or_default();
-        text += &format!("{} {:.1} {}\n", read("comm").trim(), state, read("stack"));
+        let stack = read("stack");
+        let calls = stack.lines().filter_map(|line| line.split(' ').nth(1));
+        let calls: Vec<_> = calls.filter_map(|call| call.split('+').next()).collect();
+        text += &format!("\n{} {state:.1} {}", read("comm").trim(), calls.join(" < "));
     }
     text
 }
@@ -275,6 +278,11 @@ impl Host {
     /// Waits for the end of what was begun.
     pub fn finish(&mut self) {
         assert_eq!(self.player.ask("finish"), "Ok(())");
+    }
+
+    /// Waits until the driver is told of an event.
+    pub fn expect(&mut self, event: &str) {
+        assert_eq!(self.player.ask(&format!("expect {event}")), "told");
     }
 
     /// Deletes the export if that was not done, and sees that nothing is left.
@@ -401,7 +409,11 @@ fn be_host(path: &Path, transport: IoUring, queues: usize) {
                 eventually("nothing is left", || Belongings::now() == before);
                 say(events(&driver).join(";"));
             }
-            other => panic!("no such command: {other}"),
+            other => {
+                let event = other.strip_prefix("expect ").expect("a command");
+                driver.wait_for_event(|e| format!("{e:?}").starts_with(event));
+                say("told");
+            }
         }
     }
 }
@@ -457,21 +469,23 @@ impl Clients {
     }
 
     /// They end, each thread with an error.
-    pub fn fail(self) {
+    pub fn fail(&mut self) {
         self.end(2 * PAIRS);
     }
 
     /// They end when they are told to, without an error.
-    pub fn finish(mut self) {
+    pub fn finish(&mut self) {
         for player in &mut self.0 {
             drop(player.input.take());
         }
         self.end(0);
     }
 
-    fn end(mut self, errors: usize) {
+    fn end(&mut self, errors: usize) {
         for player in &mut self.0 {
-            let status = player.wait().expect("a client ends");
+            let status = player
+                .wait()
+                .unwrap_or_else(|states| panic!("a client does not end:{states}"));
             assert!(status.success(), "a client found something wrong: {status}");
             assert_eq!(player.hear(), format!("{errors} errors"));
         }
