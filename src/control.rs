@@ -146,6 +146,8 @@ pub(crate) struct Control {
     queues: OnceLock<Box<[Arc<Wakeups>]>>,
     /// How many queues may still have requests in flight.
     unfinished: AtomicUsize,
+    /// No queue had any more, and the connection was ended.
+    finished: AtomicBool,
     /// Ends the connection; not there without the privilege.
     aborter: OnceLock<Aborter>,
 }
@@ -168,6 +170,7 @@ impl Drop for Unfinished {
             // It must come before any ring is closed: without an entry the
             // kernel would forget who waits for one.
             self.0.abort();
+            self.0.finished.store(true, SeqCst);
             self.0.kick();
         }
     }
@@ -199,6 +202,7 @@ impl Control {
             failure: Mutex::new(None),
             queues: OnceLock::new(),
             unfinished: AtomicUsize::new(0),
+            finished: AtomicBool::new(false),
             aborter: OnceLock::new(),
         }
     }
@@ -216,9 +220,10 @@ impl Control {
         }
     }
 
-    /// Whether no queue has requests in flight any more, nor will have.
+    /// Whether no queue has requests in flight any more, nor will have, because
+    /// the connection has ended.
     pub(crate) fn all_finished(&self) -> bool {
-        self.unfinished.load(SeqCst) == 0
+        self.finished.load(SeqCst) && self.unfinished.load(SeqCst) == 0
     }
 
     /// Says how the queues are woken; once, before any of them serves.

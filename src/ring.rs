@@ -182,6 +182,17 @@ impl Ring {
         self.enter(0)
     }
 
+    /// Runs all that the kernel has to do for this thread, which one call does
+    /// only a part of.
+    fn settle(&mut self) -> io::Result<()> {
+        loop {
+            self.submit()?;
+            if !self.inner.submission().taskrun() {
+                return Ok(());
+            }
+        }
+    }
+
     /// As [`submit`](Self::submit), and waits until there is a completion or a
     /// signal.
     pub(crate) fn wait(&mut self) -> io::Result<()> {
@@ -234,6 +245,17 @@ impl AsFd for Ring {
     fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the ring's descriptor is open as long as the ring is borrowed.
         unsafe { BorrowedFd::borrow_raw(self.inner.as_raw_fd()) }
+    }
+}
+
+impl Drop for Ring {
+    /// The kernel may be about to hand this thread something. Closing the ring
+    /// would make it give that up, but not while a forked child has a copy of
+    /// the ring, and then whoever is concerned would wait as long as the child
+    /// lives.
+    fn drop(&mut self) {
+        // In another thread than the ring's this does nothing.
+        let _ = self.settle();
     }
 }
 

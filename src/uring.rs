@@ -19,7 +19,8 @@
 //! the entries that wait in it. If no entry is left, `fuse_uring_abort` does
 //! nothing, and whoever waits for an entry waits for ever, beyond the help of
 //! umount -f. Hence two rules. In an orderly end the connection is aborted
-//! before any ring is closed (control.rs). And against an end without order
+//! before any ring is closed (control.rs), and each ring's thread enters the
+//! kernel once more (ring.rs). And against an end without order
 //! there is the *anchor*: one entry that we keep for as long as the connection
 //! lives, in that its request is never answered. It is a RELEASE, which
 //! nobody waits for.

@@ -14,7 +14,9 @@ use std::task::{Poll, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use blkfuse::{BlockDriver, Builder, Event, Export, Extent, Features, Io, Limits, ReadBuf};
+use blkfuse::{
+    BlockDriver, Builder, Event, Export, Extent, Features, Io, IoUring, Limits, ReadBuf,
+};
 use nix::mount::{MntFlags, umount2};
 use tempfile::TempDir;
 
@@ -56,6 +58,32 @@ pub fn skip(reason: &str) {
         "skipped, which BLKFUSE_NO_SKIP forbids: {reason}"
     );
     eprintln!("SKIPPED: {reason}");
+}
+
+/// Runs `test` for every transport: for all that can be had here, or only for
+/// the one that BLKFUSE_EXPECT_TRANSPORT names.
+pub fn for_transports(test: impl Fn(IoUring)) {
+    if !can_export() {
+        return;
+    }
+    let expected = std::env::var_os("BLKFUSE_EXPECT_TRANSPORT");
+    for (transport, name) in [(IoUring::Off, "/dev/fuse"), (IoUring::On, "io_uring")] {
+        if expected.as_ref().is_some_and(|expected| expected != name) {
+            continue;
+        }
+        let enabled = fs::read_to_string("/sys/module/fuse/parameters/enable_uring");
+        if transport == IoUring::On && enabled.map_or(true, |text| text.trim() != "Y") {
+            skip("the kernel does not have FUSE over io_uring, or root has not enabled it");
+            continue;
+        }
+        eprintln!("over {name}");
+        test(transport);
+    }
+}
+
+/// Runs `test` for every transport with every number of queues.
+pub fn for_transports_and_queues(test: impl Fn(IoUring, usize)) {
+    for_transports(|transport| for_queues(|queues| test(transport, queues)));
 }
 
 /// Fails if BLKFUSE_EXPECT_TRANSPORT names another transport than the export

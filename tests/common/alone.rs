@@ -1,0 +1,90 @@
+//! Tests that count what their process has, and so run in one of their own.
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
+use std::fs;
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use crate::common;
+
+/// Runs `test` in a process of its own, where it may count what there is.
+pub fn alone(name: &str, test: impl FnOnce()) {
+    if std::env::var_os("BLKFUSE_TEST_ALONE").is_some() {
+        return test();
+    }
+    if !common::can_export() {
+        return;
+    }
+    let status = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env("BLKFUSE_TEST_ALONE", "1")
+        .status()
+        .unwrap();
+    assert!(status.success(), "{name} failed in its own process");
+}
+
+/// What a process has.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Belongings {
+    threads: usize,
+    descriptors: Vec<String>,
+    mounts: usize,
+}
+
+impl Belongings {
+    pub fn now() -> Self {
+        let links = fs::read_dir("/proc/self/fd").unwrap();
+        let mut descriptors: Vec<_> = links
+            .filter_map(|fd| fs::read_link(fd.ok()?.path()).ok())
+            .map(|path| path.display().to_string())
+            // The directory being read.
+            .filter(|path| !path.starts_with("/proc/"))
+            .collect();
+        descriptors.sort();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        // Other processes mount too; ours lie in temporary directories.
+        let ours = format!("/.blkfuse-test-{}-", std::process::id());
+        Self {
+            threads: fs::read_dir("/proc/self/task").unwrap().count(),
+            descriptors,
+            mounts: mounts.lines().filter(|line| line.contains(&ours)).count(),
+        }
+    }
+}
+
+/// A directory whose name tells its mounts from those of other processes.
+pub fn own_dir() -> tempfile::TempDir {
+    let prefix = format!(".blkfuse-test-{}-", std::process::id());
+    tempfile::Builder::new().prefix(&prefix).tempdir().unwrap()
+}
+
+pub fn resident_kib() -> usize {
+    let statm = fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4
+}
+
+/// CPU time of this process.
+fn cpu_time() -> Duration {
+    // SAFETY: a zeroed rusage is valid, and the call fills it.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        assert_eq!(libc::getrusage(libc::RUSAGE_SELF, &mut usage), 0);
+        usage
+    };
+    let time = |t: libc::timeval| {
+        Duration::from_secs(t.tv_sec as u64) + Duration::from_micros(t.tv_usec as u64)
+    };
+    time(usage.ru_utime) + time(usage.ru_stime)
+}
+
+/// Nothing is to be done, and nothing must be: no queue spins.
+pub fn assert_rests(what: &str) {
+    let before = cpu_time();
+    thread::sleep(Duration::from_millis(200));
+    let used = cpu_time() - before;
+    assert!(
+        used < Duration::from_millis(40),
+        "{what}: {used:?} of CPU in 200 ms"
+    );
+}
