@@ -10,12 +10,13 @@
 //! closed; who closes marks the gate and then looks at the counts. All four
 //! are `SeqCst`, so at least one of the two sees the other.
 
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::Ordering::SeqCst;
 use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
 use crossbeam_utils::CachePadded;
-use parking_lot::{Condvar, Mutex};
+
+use crate::sync::{AtomicUsize, Condvar, Mutex};
 
 /// The gate could not be entered.
 #[derive(Debug, PartialEq, Eq)]
@@ -141,7 +142,7 @@ impl Gate {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use std::sync::Arc;
@@ -206,5 +207,140 @@ mod tests {
             gate.open();
         }
         workers.into_iter().for_each(|w| w.join().unwrap());
+    }
+}
+
+#[cfg(all(test, loom))]
+mod model {
+    use std::future::poll_fn;
+    use std::sync::Arc;
+
+    use loom::cell::UnsafeCell;
+    use loom::future::block_on;
+    use loom::{model, thread};
+
+    use super::*;
+    use crate::sync::AtomicBool;
+    use crate::wakeups::Wakeups;
+
+    /// What must not be used while the gate is closed: a part for each queue.
+    struct Guarded {
+        gate: Gate,
+        parts: [UnsafeCell<usize>; 2],
+    }
+
+    impl Guarded {
+        fn new() -> Arc<Self> {
+            Arc::new(Self {
+                gate: Gate::new(2),
+                parts: Default::default(),
+            })
+        }
+
+        /// Uses the part of one queue, if the gate lets it; what that was
+        /// told of the gate's emptiness.
+        fn pass(&self, queue: usize) -> bool {
+            if let Err(Closed { emptied }) = self.gate.try_enter(queue) {
+                return emptied;
+            }
+            // SAFETY: a model's access, which loom checks.
+            self.parts[queue].with_mut(|part| unsafe { *part += 1 });
+            self.gate.leave(queue)
+        }
+
+        /// Uses all parts, with the gate closed and empty.
+        fn use_alone(&self) {
+            for part in &self.parts {
+                // SAFETY: a model's access, which loom checks.
+                part.with_mut(|part| unsafe { *part += 10 });
+            }
+        }
+    }
+
+    /// Closes, waits for emptiness by `wait`, and opens, while one thread
+    /// passes on each of `queues`.
+    fn drain(queues: &'static [usize], wait: impl Fn(&Gate) + Send + Sync + 'static) {
+        model(move || {
+            let guarded = Guarded::new();
+            let passing = queues.iter().map(|&queue| {
+                let guarded = guarded.clone();
+                thread::spawn(move || guarded.pass(queue))
+            });
+            let passing: Vec<_> = passing.collect();
+            guarded.gate.close();
+            wait(&guarded.gate);
+            guarded.use_alone();
+            guarded.gate.open();
+            for thread in passing {
+                thread.join().unwrap();
+            }
+            assert!(guarded.gate.is_empty());
+        });
+    }
+
+    #[test]
+    fn who_waits_for_emptiness_is_alone_then() {
+        drain(&[0, 1], |gate| assert!(gate.wait_empty(None)));
+    }
+
+    #[test]
+    fn a_future_that_waits_for_emptiness_is_alone_then() {
+        drain(&[0, 1], |gate| block_on(poll_fn(|cx| gate.poll_empty(cx))));
+    }
+
+    /// As a host does that drains without blocking in the library: it closes,
+    /// looks, and otherwise waits until somebody tells it.
+    #[test]
+    fn a_closer_finds_the_gate_empty_or_is_told() {
+        model(|| {
+            let guarded = Guarded::new();
+            let told = Arc::new((Mutex::new(false), Condvar::new()));
+            let passing = [0, 1].map(|queue| {
+                let (guarded, told) = (guarded.clone(), told.clone());
+                thread::spawn(move || {
+                    if guarded.pass(queue) {
+                        *told.0.lock() = true;
+                        told.1.notify_all();
+                    }
+                })
+            });
+            guarded.gate.close();
+            if !guarded.gate.is_empty() {
+                let mut is_told = told.0.lock();
+                while !*is_told {
+                    told.1.wait(&mut is_told);
+                }
+            }
+            passing.into_iter().for_each(|t| t.join().unwrap());
+        });
+    }
+
+    /// As a queue does with a request that came in a drain.
+    #[test]
+    fn who_was_kept_out_and_sleeps_is_let_in_at_the_opening() {
+        model(|| {
+            let gate = Arc::new(Gate::new(1));
+            let wakeups = Arc::new(Wakeups::new(1).unwrap());
+            let served = Arc::new(AtomicBool::new(false));
+            gate.close();
+            let queue = {
+                let (gate, wakeups, served) = (gate.clone(), wakeups.clone(), served.clone());
+                thread::spawn(move || {
+                    loop {
+                        wakeups.take(|_| {});
+                        if gate.try_enter(0).is_ok() {
+                            break;
+                        }
+                        wakeups.sleep();
+                    }
+                    served.store(true, SeqCst);
+                    gate.leave(0);
+                })
+            };
+            assert!(!served.load(SeqCst), "it was served in the drain");
+            assert_eq!(gate.open(), Some(true));
+            wakeups.kick();
+            queue.join().unwrap();
+        });
     }
 }

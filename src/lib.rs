@@ -93,6 +93,7 @@ mod seat;
 mod slot;
 mod start;
 mod stats;
+mod sync;
 mod system;
 mod task;
 mod transport;

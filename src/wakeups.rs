@@ -7,10 +7,12 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::Ordering::SeqCst;
 use std::task::{Wake, Waker};
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EfdFlags;
+
+use crate::sync::{AtomicBool, AtomicU64, EventFd};
 
 /// One queue's reasons to run.
 #[derive(Debug)]
@@ -124,7 +126,7 @@ impl Wake for TaskWaker {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
@@ -151,5 +153,110 @@ mod tests {
         assert!(queue.fall_asleep());
         queue.waker(0).wake();
         assert_eq!(queue.event.read(), Ok(1));
+    }
+}
+
+#[cfg(all(test, loom))]
+mod model {
+    use std::sync::atomic::Ordering::Relaxed;
+
+    use loom::sync::atomic::AtomicUsize;
+    use loom::{model, thread};
+
+    use super::*;
+
+    impl Wakeups {
+        /// What a queue does with a transport that gets no requests.
+        pub(crate) fn sleep(&self) {
+            if self.fall_asleep() {
+                self.event.poll();
+                self.clear();
+                self.awake();
+            }
+        }
+    }
+
+    /// Runs the queue until each of its tasks has seen all that was done for
+    /// it: `wakes` says how often each task is woken, by a thread of its own,
+    /// with something new.
+    fn run(tasks: usize, wakes: &'static [(usize, usize)], returns_early: bool) {
+        model(move || {
+            let queue = Arc::new(Wakeups::new(tasks).unwrap());
+            let done: Arc<Vec<_>> = Arc::new(wakes.iter().map(|_| AtomicUsize::new(0)).collect());
+            let mut threads = Vec::new();
+            for (n, &(task, times)) in wakes.iter().enumerate() {
+                let (waker, done) = (queue.waker(task), done.clone());
+                threads.push(thread::spawn(move || {
+                    for time in 1..=times {
+                        // The wake-up is what makes it visible.
+                        done[n].store(time, Relaxed);
+                        waker.wake_by_ref();
+                    }
+                }));
+            }
+            if returns_early {
+                let queue = queue.clone();
+                threads.push(thread::spawn(move || {
+                    queue.event.write(1).unwrap();
+                }));
+            }
+            let mut seen = vec![0; wakes.len()];
+            while wakes.iter().zip(&seen).any(|(wake, seen)| wake.1 > *seen) {
+                queue.take(|task| {
+                    for (n, wake) in wakes.iter().enumerate() {
+                        if wake.0 == task {
+                            seen[n] = done[n].load(Relaxed);
+                        }
+                    }
+                });
+                if wakes.iter().zip(&seen).any(|(wake, seen)| wake.1 > *seen) {
+                    queue.sleep();
+                }
+            }
+            threads.into_iter().for_each(|t| t.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn two_tasks_of_a_word_are_both_woken() {
+        run(2, &[(0, 1), (1, 1)], false);
+    }
+
+    #[test]
+    fn tasks_of_two_words_are_both_woken() {
+        run(65, &[(0, 1), (64, 1)], false);
+    }
+
+    #[test]
+    fn a_task_is_woken_for_each_news() {
+        run(1, &[(0, 3)], false);
+    }
+
+    #[test]
+    fn a_wake_is_not_lost_where_the_transport_returns_early() {
+        run(1, &[(0, 2)], true);
+    }
+
+    #[test]
+    fn what_is_behind_a_kick_is_seen() {
+        model(|| {
+            let queue = Arc::new(Wakeups::new(1).unwrap());
+            let reasons = Arc::new([AtomicBool::new(false), AtomicBool::new(false)]);
+            let kicking = [0, 1].map(|n| {
+                let (queue, reasons) = (queue.clone(), reasons.clone());
+                thread::spawn(move || {
+                    reasons[n].store(true, SeqCst);
+                    queue.kick();
+                })
+            });
+            loop {
+                queue.take(|_| {});
+                if reasons.iter().all(|reason| reason.load(SeqCst)) {
+                    break;
+                }
+                queue.sleep();
+            }
+            kicking.into_iter().for_each(|t| t.join().unwrap());
+        });
     }
 }

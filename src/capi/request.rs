@@ -20,16 +20,17 @@
 //! forwarded instead in the same way, but for the place, which is more than a
 //! word: it is stored in Storing or Waking.
 
-use std::cell::UnsafeCell;
+use std::cell;
 use std::ffi::{c_int, c_void};
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicPtr, Ordering::*};
 use std::task::{Context, Poll, Waker};
 
 use super::error::{guard, invalid};
 use crate::error::{Error, Result};
+use crate::sync::{AtomicU64, UnsafeCell};
 
 /// A callback's answer: the host will call blkfuse_request_complete().
 pub const BLKFUSE_PENDING: c_int = 1;
@@ -60,7 +61,7 @@ pub(super) struct CRequest {
     state: AtomicU64,
     waker: UnsafeCell<Option<Waker>>,
     /// Where a block_status callback stores its answer.
-    extent: UnsafeCell<blkfuse_extent>,
+    extent: cell::UnsafeCell<blkfuse_extent>,
     /// Where the host has the request done, if it is forwarded.
     offset: AtomicU64,
     queue_ctx: AtomicPtr<c_void>,
@@ -160,7 +161,7 @@ impl CRequest {
         Self {
             state: AtomicU64::new(0),
             waker: UnsafeCell::new(None),
-            extent: UnsafeCell::default(),
+            extent: cell::UnsafeCell::default(),
             offset: AtomicU64::new(0),
             queue_ctx: AtomicPtr::new(queue_ctx),
             ctx: Box::leak(vec![0u128; ctx_size.div_ceil(size_of::<u128>())].into_boxed_slice())
@@ -172,13 +173,15 @@ impl CRequest {
     fn begin(&self, waker: &Waker, forwardable: bool) -> *mut blkfuse_request {
         let before = State::unpack(self.state.load(Acquire));
         debug_assert_eq!(before.phase, Phase::Idle);
-        // SAFETY: in Idle no other thread touches the waker: a completing one
-        // does so only in Waking, which it alone can leave, for Done, and only
-        // this thread turns Done into Idle.
-        let place = unsafe { &mut *self.waker.get() };
-        if !place.as_ref().is_some_and(|w| w.will_wake(waker)) {
-            *place = Some(waker.clone());
-        }
+        self.waker.with_mut(|place| {
+            // SAFETY: in Idle no other thread touches the waker: a completing
+            // one does so only in Waking, which it alone can leave, for Done,
+            // and only this thread turns Done into Idle.
+            let place = unsafe { &mut *place };
+            if !place.as_ref().is_some_and(|w| w.will_wake(waker)) {
+                *place = Some(waker.clone());
+            }
+        });
         // SAFETY: in Idle the extent is the queue's thread's.
         unsafe { *self.extent.get() = blkfuse_extent::default() };
         let usage = (before.usage + 1) % USES as u16;
@@ -306,9 +309,11 @@ impl CRequest {
 
     /// From Waking to Done, as `claimed` says; by who has claimed it.
     fn finish(&self, claimed: State) {
-        // SAFETY: we alone have claimed this use, which is in Waking, and until
-        // it is Done the queue's thread does not touch the waker.
-        let waker = unsafe { &*self.waker.get() }.clone();
+        let waker = self.waker.with(|waker| {
+            // SAFETY: we alone have claimed this use, which is in Waking, and
+            // until it is Done the queue's thread does not touch the waker.
+            unsafe { &*waker }.clone()
+        });
         let done = State {
             phase: Phase::Done,
             ..claimed
@@ -555,7 +560,7 @@ pub unsafe extern "C" fn blkfuse_request_queue_ctx(request: *mut blkfuse_request
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use std::pin::pin;
@@ -747,5 +752,185 @@ mod tests {
         unsafe { ctx.cast::<u8>().write_bytes(7, 17) };
         // SAFETY: NULL is allowed.
         assert!(unsafe { blkfuse_request_ctx(std::ptr::null_mut()) }.is_null());
+    }
+}
+
+#[cfg(all(test, loom))]
+mod model {
+    use std::sync::Arc;
+
+    use loom::future::block_on;
+    use loom::{model, thread};
+
+    use super::*;
+
+    /// A request, and a buffer that the host fills before it completes.
+    struct Served {
+        request: CRequest,
+        buffer: UnsafeCell<i32>,
+    }
+
+    impl Served {
+        fn new() -> Arc<Self> {
+            Arc::new(Self {
+                request: CRequest::new(std::ptr::null_mut(), 0),
+                buffer: UnsafeCell::new(0),
+            })
+        }
+
+        /// One use, whose callback begins with `call` and then returns
+        /// `answer`.
+        fn serve(&self, answer: c_int, call: impl FnOnce(u16)) -> io::Result<()> {
+            block_on(self.request.run(|name, _| {
+                call((name.addr() % USES) as u16);
+                answer
+            }))
+        }
+
+        /// The host fills the buffer and completes.
+        fn complete(&self, usage: u16, filled: i32, result: i32) -> bool {
+            // SAFETY: a model's access, which loom checks.
+            self.buffer.with_mut(|buffer| unsafe { *buffer = filled });
+            self.request.complete(usage, result).is_ok()
+        }
+
+        fn filled(&self) -> i32 {
+            // SAFETY: a model's access, which loom checks.
+            self.buffer.with(|buffer| unsafe { *buffer })
+        }
+    }
+
+    fn error_of(result: io::Result<()>) -> Option<i32> {
+        result.err().and_then(|e| e.raw_os_error())
+    }
+
+    #[test]
+    fn a_completion_meets_the_return_or_wakes() {
+        model(|| {
+            let served = Served::new();
+            let mut completing = None;
+            let result = served.serve(BLKFUSE_PENDING, |usage| {
+                let served = served.clone();
+                completing = Some(thread::spawn(move || served.complete(usage, 7, -5)));
+            });
+            assert_eq!(error_of(result), Some(5));
+            assert_eq!(served.filled(), 7, "what the host did before is seen");
+            assert!(completing.unwrap().join().unwrap());
+        });
+    }
+
+    #[test]
+    fn of_two_completions_one_counts() {
+        model(|| {
+            let served = Served::new();
+            let mut completing = Vec::new();
+            let result = served.serve(BLKFUSE_PENDING, |usage| {
+                for result in [-1, -2] {
+                    let served = served.clone();
+                    completing.push(thread::spawn(move || {
+                        (result, served.request.complete(usage, result).is_ok())
+                    }));
+                }
+            });
+            let ends = completing.into_iter().map(|t| t.join().unwrap());
+            let counted: Vec<_> = ends.filter(|(_, ok)| *ok).collect();
+            assert_eq!(counted.len(), 1);
+            assert_eq!(error_of(result), Some(-counted[0].0));
+        });
+    }
+
+    /// The thread of the first completion may still be at it when the slot
+    /// serves its next request, with another waker.
+    #[test]
+    fn the_next_use_has_nothing_to_do_with_the_last() {
+        model(|| {
+            let served = Served::new();
+            let mut completing = Vec::new();
+            for n in 1..=2 {
+                let result = served.serve(BLKFUSE_PENDING, |usage| {
+                    let served = served.clone();
+                    completing.push(thread::spawn(move || {
+                        assert!(served.complete(usage, n, -n));
+                        // A defect of the host, and noticed.
+                        assert!(served.request.complete(usage, 0).is_err());
+                    }));
+                });
+                assert_eq!(error_of(result), Some(n));
+                assert_eq!(served.filled(), n);
+            }
+            completing.into_iter().for_each(|t| t.join().unwrap());
+        });
+    }
+
+    /// One use that may be forwarded, for which `others` run beside the
+    /// callback's return; the answer as an errno or an offset, and whether each
+    /// of them was accepted.
+    fn serve_beside(
+        served: &Arc<Served>,
+        others: &[fn(&CRequest, u16) -> bool],
+    ) -> (std::result::Result<u64, i32>, Vec<bool>) {
+        let mut running = Vec::new();
+        let answer = block_on(served.request.run_or_forward(|name| {
+            let usage = (name.addr() % USES) as u16;
+            for other in others.iter().copied() {
+                let served = served.clone();
+                running.push(thread::spawn(move || other(&served.request, usage)));
+            }
+            BLKFUSE_PENDING
+        }));
+        let answer = match answer {
+            Answer::Forward(place) => Ok(place.offset),
+            Answer::Result(result) => Err(error_of(result).unwrap()),
+        };
+        let accepted = running.into_iter().map(|t| t.join().unwrap());
+        (answer, accepted.collect())
+    }
+
+    fn forward(request: &CRequest, usage: u16) -> bool {
+        let offset = 100 + u64::from(usage);
+        request.forward(usage, Place { fd: 3, offset }).is_ok()
+    }
+
+    fn fail(request: &CRequest, usage: u16) -> bool {
+        request.complete(usage, -5).is_ok()
+    }
+
+    #[test]
+    fn a_forward_meets_the_return_or_wakes() {
+        model(|| {
+            let served = Served::new();
+            for offset in [101, 102] {
+                let (answer, accepted) = serve_beside(&served, &[forward]);
+                assert_eq!((answer, &accepted[..]), (Ok(offset), &[true][..]));
+            }
+        });
+    }
+
+    #[test]
+    fn of_a_forward_and_a_completion_one_counts() {
+        model(|| {
+            let (answer, accepted) = serve_beside(&Served::new(), &[forward, fail]);
+            match accepted[..] {
+                [true, false] => assert_eq!(answer, Ok(101)),
+                [false, true] => assert_eq!(answer, Err(5)),
+                _ => panic!("both or none: {accepted:?}"),
+            }
+        });
+    }
+
+    #[test]
+    fn a_request_that_is_answered_both_ways_ends_once() {
+        model(|| {
+            let served = Served::new();
+            let mut completing = None;
+            let result = served.serve(-1, |usage| {
+                let served = served.clone();
+                completing = Some(thread::spawn(move || {
+                    served.request.complete(usage, -2).is_ok()
+                }));
+            });
+            let completed = completing.unwrap().join().unwrap();
+            assert_eq!(error_of(result), Some(if completed { 2 } else { 1 }));
+        });
     }
 }
