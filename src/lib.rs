@@ -62,11 +62,16 @@
 //! `log` crate), changes no state of the process, and opens every descriptor
 //! close-on-exec.
 
+#[cfg(feature = "bench")]
+#[doc(hidden)]
+pub mod bench;
 mod capi;
 mod config;
 mod control;
 mod driver;
 mod ending;
+#[cfg(any(test, feature = "bench"))]
+mod engine;
 mod error;
 mod exchange;
 mod export;

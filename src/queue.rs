@@ -316,7 +316,7 @@ impl<T: Transport> Queue<T> {
         self.control.halt(error);
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "bench"))]
     pub(crate) fn transport(&mut self) -> &mut T {
         &mut self.transport
     }

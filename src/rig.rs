@@ -5,7 +5,6 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::os::fd::AsFd;
 use std::pin::pin;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::task::{Poll, Waker};
@@ -13,17 +12,14 @@ use std::task::{Poll, Waker};
 use parking_lot::Mutex;
 use zerocopy::IntoBytes;
 
-use crate::control::{Control, Latch, Owned};
+use crate::control::Control;
 use crate::driver::{BlockDriver, Event, Extent, Io, ReadBuf};
-use crate::file::{File, FilePolicy};
-use crate::forward::Port;
-use crate::operations::{Device, serve, yield_now};
+use crate::engine::engine;
+use crate::file::File;
+use crate::operations::yield_now;
 use crate::protocol::{FallocateIn, LseekIn, ReadIn, SetattrIn, WriteIn, opcode, set};
 use crate::queue::{Progress, Queue};
-use crate::stats::AllStats;
-use crate::task::Tasks;
 use crate::transport::memory::{Answer, Memory};
-use crate::wakeups::Wakeups;
 
 /// How many requests a rig's queue takes at once.
 pub(crate) const SLOTS: usize = 4;
@@ -200,35 +196,8 @@ pub(crate) struct Rig {
 impl Rig {
     pub(crate) fn new(disk: Disk, growable: bool) -> Self {
         let disk = Arc::new(disk);
-        let driver = Arc::new(Owned::new(disk.clone(), Arc::new(Latch::default())));
-        let control = Arc::new(Control::new("rig".to_owned(), driver.clone(), 1));
-        let wakeups = Arc::new(Wakeups::new(SLOTS).unwrap());
-        control.set_queues([wakeups.clone()].into());
-        let policy = FilePolicy {
-            writable: true,
-            growable,
-            others: true,
-            uid: 0,
-            gid: 0,
-            block_size: 4096,
-        };
-        let length = disk.data.lock().len() as u64;
-        let file = Arc::new(File::new(policy, length, 1));
-        // As after the look at the attributes that comes before an open.
-        file.tell(length);
-        let port = Rc::new(Port::default());
-        let device = Rc::new(Device {
-            driver,
-            file: file.clone(),
-            stats: Arc::new(AllStats::new(1)),
-            queue: 0,
-            port: port.clone(),
-        });
-        let tasks = Tasks::new(wakeups.clone(), move |task, mailbox| {
-            serve(device.clone(), task, mailbox)
-        });
         let transport = Memory::new(SLOTS, CAPACITY);
-        let queue = Queue::new(0, control.clone(), wakeups, transport, tasks, port);
+        let (queue, control, file) = engine(disk.clone(), transport, growable);
         control.announce();
         disk.events.lock().clear();
         Self {
