@@ -3,8 +3,9 @@
  * requests, and a pool of threads does the work and completes them.
  *
  *   cc async.c -o async $(pkg-config --cflags --libs blkfuse) -pthread
- *   touch disk && ./async disk [QUEUES]
+ *   touch disk && ./async disk [QUEUES [KEY=VALUE]...]
  *
+ * KEY=VALUE sets a property of the export; blkfuse.h lists them.
  * SIGUSR1 drains the export for a moment, as a program would to take a
  * snapshot; SIGINT and SIGTERM end it.
  */
@@ -298,6 +299,32 @@ static void pause_io(struct blkfuse_export *disk)
     blkfuse_export_drain_end(disk);
 }
 
+/* Sets the property that a "KEY=VALUE" names. */
+static int set_property(struct blkfuse_export *disk, char *setting)
+{
+    char *value = strchr(setting, '=');
+
+    if (!value)
+        return blkfuse_export_set_str(disk, setting, "");
+    *value = '\0';
+    return blkfuse_export_set_str(disk, setting, value + 1);
+}
+
+static int configure(struct blkfuse_export *disk, int argc, char **argv)
+{
+    int i;
+
+    if (blkfuse_export_set_str(disk, "mountpoint", argv[1]) < 0 ||
+        blkfuse_export_set_str(disk, "queues", argc > 2 ? argv[2] : "0") < 0 ||
+        blkfuse_export_set_bool(disk, "writable", true) < 0)
+        return -1;
+    for (i = 3; i < argc; i++) {
+        if (set_property(disk, argv[i]) < 0)
+            return -1;
+    }
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     struct blkfuse_driver_ops ops;
@@ -306,8 +333,8 @@ int main(int argc, char **argv)
     sigset_t signals;
     int i, number = 0, started, status = 1;
 
-    if (argc < 2 || argc > 3) {
-        fprintf(stderr, "usage: async FILE [QUEUES]\n");
+    if (argc < 2) {
+        fprintf(stderr, "usage: async FILE [QUEUES [KEY=VALUE]...]\n");
         return 2;
     }
     /* Before there are threads, so that all of them block these signals. */
@@ -341,10 +368,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "async: %s\n", blkfuse_error_message());
         goto stop_workers;
     }
-    if (blkfuse_export_set_str(disk, "mountpoint", argv[1]) < 0 ||
-        blkfuse_export_set_str(disk, "queues", argc == 3 ? argv[2] : "0") < 0 ||
-        blkfuse_export_set_bool(disk, "writable", true) < 0 ||
-        blkfuse_export_start(disk) < 0) {
+    if (configure(disk, argc, argv) < 0 || blkfuse_export_start(disk) < 0) {
         fprintf(stderr, "async: %s\n", blkfuse_error_message());
     } else {
         printf("%s is a disk of 64 MiB until this ends\n", argv[1]);
