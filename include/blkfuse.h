@@ -15,7 +15,7 @@
  * Threads:
  *   set, get, start, stop, drain_*, resized, get_stats   any, also at once
  *   delete, delete_wait         any, once nobody else uses the export
- *   request_complete, request_ctx, request_queue_ctx     any
+ *   request_complete, request_forward, request_ctx, request_queue_ctx     any
  *   error_message               speaks of the calling thread
  * No function but blkfuse_export_drain(), _start(), _stop(), _delete() and
  * _delete_wait() waits for anything. The library installs no signal handlers,
@@ -173,8 +173,8 @@ struct blkfuse_extent {
  *
  * Data callbacks (read to block_status) return 0 for success, which means all
  * of it; a negative errno; or BLKFUSE_PENDING, after which the host calls
- * blkfuse_request_complete() exactly once. If they did not return
- * BLKFUSE_PENDING `request` is not valid any more. Buffers stay valid until
+ * blkfuse_request_complete() or blkfuse_request_forward() exactly once. If
+ * they did not return BLKFUSE_PENDING `request` is not valid any more. Buffers stay valid until
  * the request is completed, and are page-aligned. `flags` are 0 unless a
  * callback says otherwise; a callback that finds a flag it does not know must
  * fail with -ENOTSUP.
@@ -691,6 +691,42 @@ int blkfuse_set_log_callback(uint32_t level, blkfuse_log_callback callback, void
  * has not gone.
  */
 int blkfuse_request_complete(struct blkfuse_request *request, int result);
+
+/**
+ * Has a request done elsewhere: its bytes are those from `offset` on of the
+ * file that `fd` is open on, a regular file or a block device. The library
+ * does the I/O itself, between that file and the request's buffer and without
+ * a thread waiting for it, and completes the request. To be called in place
+ * of blkfuse_request_complete(), with all that is said there; within the
+ * callback, which then returns what this returns:
+ *
+ *     return blkfuse_request_forward(request, disk->fd, disk->start + offset);
+ *
+ * or later, if the callback returned BLKFUSE_PENDING.
+ *
+ *     read          as pread(2); what lies past the end of the file is zeroes
+ *     write         as pwrite(2)
+ *     flush         as fdatasync(2); `offset` is of no meaning
+ *     discard       punches a hole with fallocate(2)
+ *     write_zeroes  zeroes the range with fallocate(2), or punches a hole if
+ *                   it comes with BLKFUSE_MAY_UNMAP
+ *
+ * What a file cannot discard or zero is done as if the callback had returned
+ * -ENOTSUP. Other errors of the I/O are the request's: also those of a
+ * descriptor that is not open for what is asked of it. The descriptor must
+ * stay open until the request has been answered, which a drain waits for; it
+ * is used with its status flags, O_DIRECT and the alignment it wants among
+ * them (the buffer is page-aligned).
+ *
+ * Returns BLKFUSE_PENDING; -EALREADY: as for blkfuse_request_complete();
+ * -EBADF: `fd` is negative; -EINVAL: `request` is NULL, or is a truncate or a
+ * block_status. After an error the request is as it was before.
+ *
+ * # Safety
+ * As for blkfuse_request_complete(), and `fd` is open until the request has
+ * been answered.
+ */
+int blkfuse_request_forward(struct blkfuse_request *request, int fd, uint64_t offset);
 
 /**
  * The host's room of ops->request_ctx_size bytes for this request, aligned

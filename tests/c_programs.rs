@@ -166,19 +166,29 @@ fn seek(file: &File, offset: i64, whence: i32) -> i64 {
 }
 
 /// Runs an example, uses its disk, and ends it with SIGTERM.
-fn try_example(workshop: &Workshop, command: &mut Command, limit: Duration, asynchronous: bool) {
+fn try_example(workshop: &Workshop, command: &mut Command, limit: Duration, name: &str) {
     let path = workshop.mountpoint("disk");
     let watchdog = Watchdog::new(&path);
+    let (queues, last): ([_; 2], &[&str]) = match name {
+        "raw" => {
+            let image = File::create(workshop.path("image")).unwrap();
+            image.set_len(64 << 20).unwrap();
+            command.arg(workshop.path("image"));
+            (["queues=1", "queues=4"], &["writable"])
+        }
+        _ => (["1", "4"], &[]),
+    };
     command.arg(&path);
-    for queues in ["1", "4"] {
+    for queues in queues {
         eprintln!("{command:?} {queues}");
         let mut running = Running::start(
             Command::new(command.get_program())
                 .args(command.get_args())
-                .arg(queues),
+                .arg(queues)
+                .args(last),
         );
         let first = running.line(limit);
-        assert!(first.contains("is a disk of 64 MiB"), "{first}");
+        assert!(first.ends_with("until this ends"), "{first}");
         assert!(is_mounted(&path));
         let mut file = OpenOptions::new()
             .read(true)
@@ -207,7 +217,7 @@ fn try_example(workshop: &Workshop, command: &mut Command, limit: Duration, asyn
         let (zeroes, rest) = back.split_at((1 << 20) + 4096);
         assert!(zeroes.iter().all(|byte| *byte == 0));
         assert_eq!(rest, pattern((2 << 20) + 4096, 1));
-        if asynchronous {
+        if name == "async" {
             assert_eq!(seek(&file, 1 << 20, libc::SEEK_HOLE), 1 << 20);
             assert_eq!(seek(&file, 1 << 20, libc::SEEK_DATA), 2 << 20);
             drain_under_load(&running, &file, limit);
@@ -283,6 +293,11 @@ fn calls_at_the_wrong_time_are_refused_and_failed_starts_can_be_repeated() {
 #[test]
 fn requests_end_once_whenever_and_wherever_they_are_completed() {
     c_test("completion");
+}
+
+#[test]
+fn forwarded_requests_end_once_and_with_the_right_bytes() {
+    c_test("forward");
 }
 
 #[test]
@@ -374,7 +389,7 @@ fn example(name: &str) {
         let source = format!("c-examples/{name}.c");
         if let Some(program) = workshop.build(compiler, standard, &source, linking) {
             let mut command = Command::new(program);
-            try_example(&workshop, &mut command, SOON, name == "async");
+            try_example(&workshop, &mut command, SOON, name);
         }
     }
 }
@@ -387,6 +402,57 @@ fn the_ramdisk_example_works() {
 #[test]
 fn the_async_example_works() {
     example("async");
+}
+
+#[test]
+fn the_raw_example_works() {
+    example("raw");
+}
+
+#[test]
+fn the_raw_example_serves_the_image_and_says_what_is_wrong() {
+    let workshop = Workshop::new();
+    let Some(program) = workshop.build("gcc", C, "c-examples/raw.c", Linking::Shared) else {
+        return;
+    };
+    let (path, image) = (workshop.mountpoint("disk"), workshop.path("image"));
+    let _watchdog = Watchdog::new(&path);
+    let run = |args: &[&str]| {
+        let command = &mut Command::new(&program);
+        command.args(args).output().unwrap()
+    };
+    assert_eq!(run(&["image"]).status.code(), Some(2));
+    let text = |output: std::process::Output| {
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let disk = path.to_str().unwrap();
+    let refused = text(run(&["/nonexistent/image", disk]));
+    assert!(refused.contains("/nonexistent/image"), "{refused}");
+    let data = pattern(0, 1_000_001);
+    fs::write(&image, &data).unwrap();
+    let image_name = image.to_str().unwrap();
+    let refused = text(run(&[image_name, disk, "colour=red"]));
+    assert!(refused.contains("colour"), "{refused}");
+
+    let mut running = Running::start(
+        Command::new(&program)
+            .arg(&image)
+            .arg(&path)
+            .args(["writable=on", "growable=on"]),
+    );
+    running.line(SOON);
+    assert!(fs::read(&path).unwrap() == data);
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(b"grown", 2_000_000).unwrap();
+    file.set_len(2_000_004).unwrap();
+    drop(file);
+    let mut expected = data;
+    expected.resize(2_000_000, 0);
+    expected.extend(b"grow");
+    assert!(fs::read(&image).unwrap() == expected);
+    running.signal(libc::SIGTERM);
+    assert!(running.status(SOON).success());
 }
 
 #[test]
@@ -432,7 +498,7 @@ fn the_examples_use_memory_rightly() {
     if Command::new("valgrind").arg("--version").output().is_err() {
         return skip("there is no valgrind");
     }
-    for name in ["ramdisk", "async"] {
+    for name in ["ramdisk", "async", "raw"] {
         let source = format!("c-examples/{name}.c");
         let Some(program) = workshop.build("gcc", C, &source, Linking::Shared) else {
             return;
@@ -444,6 +510,6 @@ fn the_examples_use_memory_rightly() {
             .args(["--errors-for-leak-kinds=definite,indirect"])
             .arg("--fair-sched=yes")
             .arg(program);
-        try_example(&workshop, &mut command, PATIENCE, name == "async");
+        try_example(&workshop, &mut command, PATIENCE, name);
     }
 }
