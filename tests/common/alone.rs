@@ -4,7 +4,7 @@
 use std::fs;
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::common;
 
@@ -49,6 +49,22 @@ impl Belongings {
             threads: fs::read_dir("/proc/self/task").unwrap().count(),
             descriptors,
             mounts: mounts.lines().filter(|line| line.contains(&ours)).count(),
+        }
+    }
+}
+
+impl Belongings {
+    /// Waits until the process has these and nothing else. (A thread that was
+    /// joined stays in the list for another moment.)
+    pub fn are_all(&self) {
+        let end = Instant::now() + common::SOON;
+        loop {
+            let now = Self::now();
+            if now == *self {
+                return;
+            }
+            assert!(Instant::now() < end, "left is {now:?}, not {self:?}");
+            thread::sleep(Duration::from_millis(1));
         }
     }
 }

@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{self, ChildStdin, Command, ExitStatus, Stdio};
@@ -24,7 +24,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tempfile::TempDir;
 
 use crate::alone::{Belongings, own_dir};
-use crate::common::{Handle, Memory, SOON, eventually, is_mounted, mount_line, pattern};
+use crate::common::{Handle, Memory, eventually, is_mounted, mount_line, pattern};
 
 /// The name of the test that [`play`]s.
 pub const ROLE: &str = "a_role_in_another_test";
@@ -34,9 +34,12 @@ const ENV: &str = "BLKFUSE_TEST_ROLE";
 const LENGTH: usize = 512 << 10;
 const READ_ONLY: usize = 256 << 10;
 const BLOCK: usize = 4096;
+/// How long an end may take. The kernel's unmounting waits for all CPUs, which
+/// clients keep busy.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Clients' processes, and how many threads of each read, and write.
 const PROCESSES: usize = 3;
-const PAIRS: usize = 8;
+const PAIRS: usize = 4;
 
 /// Does what another process of these tests has started this one for, if that
 /// is so.
@@ -102,7 +105,7 @@ impl Player {
     /// What it says next.
     fn hear(&self) -> String {
         self.lines
-            .recv_timeout(2 * SOON)
+            .recv_timeout(2 * PATIENCE)
             .expect("it says something")
     }
 
@@ -118,7 +121,7 @@ impl Player {
 
     /// Its status, if it ends soon; what it waits for, if not.
     fn wait(&mut self) -> Result<ExitStatus, String> {
-        let end = Instant::now() + SOON;
+        let end = Instant::now() + PATIENCE;
         while Instant::now() < end {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return Ok(status);
@@ -182,34 +185,44 @@ impl Connections {
     }
 
     /// The connection of the topmost mount at `path`.
-    pub fn number(path: &Path) -> u32 {
+    pub fn of(&self, path: &Path) -> Connection {
         let line = mount_line(path).expect("it is mounted");
         let device = line.split(' ').nth(2).unwrap();
-        number(
-            device
-                .strip_prefix("0:")
-                .expect("a device without a driver"),
-        )
-    }
-
-    pub fn has(&self, connection: u32) -> bool {
-        self.0.path().join(connection.to_string()).exists()
-    }
-
-    pub fn abort(&self, connection: u32) -> io::Result<()> {
-        fs::write(self.0.path().join(format!("{connection}/abort")), "1")
-    }
-
-    /// How many requests of the connection are not answered.
-    pub fn waiting(&self, connection: u32) -> usize {
-        let path = self.0.path().join(format!("{connection}/waiting"));
-        number(fs::read_to_string(path).unwrap().trim())
+        let number = device.strip_prefix("0:").expect("no driver's device");
+        let dir = self.0.path().join(number);
+        let inode = fs::metadata(&dir).unwrap().ino();
+        Connection { dir, inode }
     }
 }
 
 impl Drop for Connections {
     fn drop(&mut self) {
         let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
+    }
+}
+
+/// One connection. The kernel soon uses its number again for another.
+pub struct Connection {
+    dir: PathBuf,
+    inode: u64,
+}
+
+impl Connection {
+    pub fn exists(&self) -> bool {
+        fs::metadata(&self.dir).is_ok_and(|dir| dir.ino() == self.inode)
+    }
+
+    /// Ends it if it exists.
+    pub fn abort(&self) {
+        if self.exists() {
+            let _ = fs::write(self.dir.join("abort"), "1");
+        }
+    }
+
+    /// How many of its requests are not answered.
+    pub fn waiting(&self) -> usize {
+        let text = fs::read_to_string(self.dir.join("waiting")).unwrap();
+        number(text.trim())
     }
 }
 
@@ -220,8 +233,8 @@ impl Drop for Connections {
 pub struct Host {
     player: Player,
     pub path: PathBuf,
-    pub connection: u32,
-    pub connections: Connections,
+    pub connection: Connection,
+    _connections: Connections,
     _dir: TempDir,
 }
 
@@ -233,10 +246,11 @@ impl Host {
         let role = format!("host {} {transport:?} {queues}", path.display());
         let player = Player::start(&role);
         assert_eq!(player.hear(), "ready");
+        let connections = Connections::new();
         Self {
             player,
-            connection: Connections::number(&path),
-            connections: Connections::new(),
+            connection: connections.of(&path),
+            _connections: connections,
             path,
             _dir: dir,
         }
@@ -277,7 +291,9 @@ impl Host {
 
     /// Waits for the end of what was begun.
     pub fn finish(&mut self) {
-        assert_eq!(self.player.ask("finish"), "Ok(())");
+        let result = self.player.ask("finish");
+        let host = self.player.child.id();
+        assert!(result == "Ok(())", "{result}; the host:{}", states(host));
     }
 
     /// Waits until the driver is told of an event.
@@ -314,16 +330,14 @@ impl Host {
 
     fn expect_no_connection(&self) {
         assert!(!is_mounted(&self.path));
-        eventually("the connection goes", || {
-            !self.connections.has(self.connection)
-        });
+        eventually("the connection goes", || !self.connection.exists());
     }
 }
 
 impl Drop for Host {
     fn drop(&mut self) {
         // Nothing is there any more unless the test has failed.
-        let _ = self.connections.abort(self.connection);
+        self.connection.abort();
         let _ = umount2(&self.path, MntFlags::MNT_DETACH);
     }
 }
@@ -362,7 +376,7 @@ fn be_host(path: &Path, transport: IoUring, queues: usize) {
     let dir = own_dir();
     let first = dir.path().canonicalize().unwrap().join("disk");
     File::create(&first).unwrap();
-    start(&first).delete(Some(SOON)).unwrap();
+    start(&first).delete(Some(PATIENCE)).unwrap();
     driver.events.lock().unwrap().clear();
     let before = Belongings::now();
 
@@ -400,13 +414,13 @@ fn be_host(path: &Path, transport: IoUring, queues: usize) {
                 let result = e.stop(Stop::Force);
                 (Some(e), result)
             }),
-            "delete" => exported.begin(|e| (None, e.delete(Some(SOON)))),
+            "delete" => exported.begin(|e| (None, e.delete(Some(PATIENCE)))),
             "finish" => say(format!("{:?}", exported.finish())),
             "end" => {
                 if let Some(export) = exported.export.take() {
-                    export.delete(Some(SOON)).unwrap();
+                    export.delete(Some(PATIENCE)).unwrap();
                 }
-                eventually("nothing is left", || Belongings::now() == before);
+                before.are_all();
                 say(events(&driver).join(";"));
             }
             other => {
@@ -456,16 +470,23 @@ fn break_ring() {
 
 /// Processes that read and write a file with O_DIRECT, each in many threads,
 /// until that fails or they are told to end. They check what they read.
-pub struct Clients(Vec<Player>);
+pub struct Clients {
+    players: Vec<Player>,
+    /// The host's process.
+    host: u32,
+}
 
 impl Clients {
-    pub fn start(path: &Path) -> Self {
-        let role = |n| format!("client {} {n}", path.display());
+    pub fn start(host: &Host) -> Self {
+        let role = |n| format!("client {} {n}", host.path.display());
         let players: Vec<_> = (0..PROCESSES).map(|n| Player::start(&role(n))).collect();
         for player in &players {
             assert_eq!(player.hear(), "ready");
         }
-        Self(players)
+        Self {
+            players,
+            host: host.player.child.id(),
+        }
     }
 
     /// They end, each thread with an error.
@@ -475,17 +496,18 @@ impl Clients {
 
     /// They end when they are told to, without an error.
     pub fn finish(&mut self) {
-        for player in &mut self.0 {
+        for player in &mut self.players {
             drop(player.input.take());
         }
         self.end(0);
     }
 
     fn end(&mut self, errors: usize) {
-        for player in &mut self.0 {
-            let status = player
-                .wait()
-                .unwrap_or_else(|states| panic!("a client does not end:{states}"));
+        for player in &mut self.players {
+            let status = player.wait().unwrap_or_else(|waits| {
+                let host = states(self.host);
+                panic!("a client does not end:{waits}\nthe host:{host}")
+            });
             assert!(status.success(), "a client found something wrong: {status}");
             assert_eq!(player.hear(), format!("{errors} errors"));
         }
