@@ -87,6 +87,7 @@ mod modelled {
                     self.atomic.load(order)
                 }
 
+                #[allow(dead_code, reason = "some are only counted")]
                 pub(crate) fn store(&self, value: $value, order: Ordering) {
                     if order == SeqCst {
                         self.atomic.swap(value, Release);
