@@ -14,7 +14,7 @@
 //! 5. be a client, in a process of its own, and see that its requests come
 //!    through a ring. If they do not, withdraw the promise and fall back to
 //!    /dev/fuse;
-//! 6. attach the mount.
+//! 7. attach the mount.
 
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -376,11 +376,15 @@ struct Beginning<'a> {
 impl Beginning<'_> {
     /// Answers INIT and has the queues serve, through the rings of `share` if
     /// that can be.
-    fn run(&self, connection: &Connection, mut share: Option<Arc<Share>>) -> Result<Carrier> {
-        if let Some(why) = self.threads.outcome()? {
-            self.choice.without_rings(why)?;
-            share = None;
-        }
+    fn run(&self, connection: &Connection, share: Option<Arc<Share>>) -> Result<Carrier> {
+        self.threads.outcome()?;
+        // Who waits for a connection that has no rings may go after its return
+        // to /dev/fuse only.
+        let mut probe = None;
+        let share = match share {
+            Some(share) => self.prepare(connection, &mut probe)?.then_some(share),
+            None => None,
+        };
         let offer = Offer {
             io_uring: share.is_some(),
             ..connection.offer
@@ -397,14 +401,17 @@ impl Beginning<'_> {
             return Ok(Carrier::DevFuse);
         };
         self.threads.order(Order::Register);
-        // Who waits for a connection that has no rings may go after its return
-        // to /dev/fuse only.
-        let mut probe = None;
-        let trouble = match self.threads.outcome()? {
-            None => self.try_rings(connection.mounting.as_ref(), &share, &mut probe),
-            refused => refused,
+        let refused = self.threads.outcome()?;
+        let untaken = probe.as_mut().and_then(|probe| untaken(probe, &share));
+        let why = match refused {
+            // Each CPU has an entry at least, and there is no way back.
+            Some(why) if share.has_switched() => {
+                log::warn!("{}: {why}; the others serve", self.choice.config.name());
+                None
+            }
+            refused => refused.or(untaken),
         };
-        let Some(why) = trouble else {
+        let Some(why) = why else {
             return Ok(Carrier::Rings(share.plan()));
         };
         self.fall_back(&connection.device, &share)?;
@@ -412,32 +419,24 @@ impl Beginning<'_> {
         Ok(Carrier::DevFuse)
     }
 
-    /// Is a client of the connection. Why its requests do not come through the
-    /// rings, if they do not.
-    fn try_rings(
-        &self,
-        mounting: Option<&Mounting>,
-        share: &Share,
-        probe: &mut Option<Probe>,
-    ) -> Option<Error> {
-        let probe = match mounting?.probe(Some(self.probe_at)) {
-            Ok(begun) => probe.insert(begun),
-            // Each entry was taken, so there is no reason why it should fail.
-            Err(why) if self.choice.config.io_uring == IoUring::On => {
-                log::info!("io_uring was not tried: {why}");
-                return None;
+    /// Makes what the rings need, and begins to be a client, who waits for the
+    /// answer to INIT. False if there can be no rings.
+    fn prepare(&self, connection: &Connection, probe: &mut Option<Probe>) -> Result<bool> {
+        self.threads.order(Order::Prepare);
+        let mut lack = self.threads.outcome()?;
+        if let (None, Some(mounting)) = (&lack, &connection.mounting) {
+            match mounting.probe(Some(self.probe_at)) {
+                Ok(begun) => *probe = Some(begun),
+                Err(why) if self.choice.config.io_uring == IoUring::On => {
+                    log::info!("io_uring is not tried: {why}");
+                }
+                Err(why) => lack = Some(why),
             }
-            Err(why) => return Some(why),
-        };
-        let outcome = probe.wait(PROBE_TIMEOUT);
-        if share.has_switched() {
-            return None;
         }
-        let text = match outcome {
-            Outcome::TimedOut => "the kernel does not take the rings for ready",
-            _ => "the kernel does not send requests through the rings",
-        };
-        Some(Error::new(libc::ETIMEDOUT, text))
+        match lack {
+            Some(why) => self.choice.without_rings(why).map(|()| false),
+            None => Ok(true),
+        }
     }
 
     /// Has the kernel and the queues return to /dev/fuse.
@@ -454,11 +453,27 @@ impl Beginning<'_> {
     }
 }
 
+/// Waits for a client. Why its requests do not come through the rings, if they
+/// do not.
+fn untaken(probe: &mut Probe, share: &Share) -> Option<Error> {
+    let outcome = probe.wait(PROBE_TIMEOUT);
+    if share.has_switched() {
+        return None;
+    }
+    let text = match outcome {
+        Outcome::TimedOut => "the kernel does not take the rings for ready",
+        _ => "the kernel does not send requests through the rings",
+    };
+    Some(Error::new(libc::ETIMEDOUT, text))
+}
+
 /// What a queue's thread is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Order {
     /// Serve /dev/fuse.
     Serve,
+    /// Make a ring, and wait for what is to become of it.
+    Prepare,
     /// Register the ring's entries, and serve it.
     Register,
     /// Serve /dev/fuse after all.
@@ -574,12 +589,9 @@ struct QueueStarter<D> {
     slots: usize,
 }
 
-/// What a queue's thread has made before it is told how to serve.
+/// What a queue's thread has before it is told how to serve.
 struct Opened {
     legacy: Box<Legacy>,
-    ring: Option<Prepared>,
-    /// Why there is no ring though there should be one.
-    lack: Option<Error>,
     /// The driver knows of the queue.
     _started: StartedQueue,
 }
@@ -622,39 +634,53 @@ impl<D: BlockDriver> QueueStarter<D> {
         // those in a dispatch.
         let _marked = control.dispatching();
         // Whoever started the thread waits for its reports.
-        let mut opened = match self.open() {
+        let opened = match self.open() {
             Ok(opened) => opened,
             Err(error) => return drop(report.send(Err(error))),
         };
-        let _ = report.send(Ok(opened.lack.take()));
-        let Ok(order) = orders.recv() else { return };
-        let (transport, refused) = self.transport(opened.legacy, opened.ring, order);
+        let _ = report.send(Ok(None));
+        let mut ring = None;
+        let mut order = orders.recv();
+        if order == Ok(Order::Prepare) {
+            let lack = match self.prepare() {
+                Ok(prepared) => {
+                    ring = prepared;
+                    None
+                }
+                Err(lack) => Some(lack),
+            };
+            let _ = report.send(Ok(lack));
+            order = orders.recv();
+        }
+        let Ok(order) = order else { return };
+        let (transport, refused) = match self.transport(opened.legacy, ring, order) {
+            Ok(transport) => transport,
+            Err(error) => return drop(report.send(Err(error))),
+        };
         let queue = self.queue(transport);
         let _ = report.send(Ok(refused));
         serve_queue(queue, orders);
     }
 
-    /// Makes what may fail.
+    /// Makes what serving /dev/fuse takes.
     fn open(&self) -> Result<Opened> {
         let device = self.shared.queue_device()?;
         let max_request = self.shared.agreement.max_request as usize;
         let legacy = Legacy::new(device, self.wakeups.clone(), max_request)
             .map_err(|e| Error::from_io("cannot watch /dev/fuse", &e.into()))?;
-        let prepared = self.share.as_ref().map(|share| {
-            Prepared::new(share.clone(), self.index)
-                .map_err(|e| Error::from_io("cannot make an io_uring", &e))
-        });
-        let (ring, lack) = match prepared {
-            Some(Err(error)) => (None, Some(error)),
-            Some(Ok(ring)) => (Some(ring), None),
-            None => (None, None),
-        };
         Ok(Opened {
             legacy: Box::new(legacy),
-            ring,
-            lack,
             _started: self.tell_driver()?,
         })
+    }
+
+    /// Makes the ring. After every queue has opened /dev/fuse, so that rings do
+    /// not take what that needs.
+    fn prepare(&self) -> Result<Option<Prepared>> {
+        let share = self.share.as_ref();
+        let prepared = share.map(|share| Prepared::new(share.clone(), self.index));
+        let prepared = prepared.transpose();
+        prepared.map_err(|e| Error::from_io("cannot make an io_uring", &e))
     }
 
     fn tell_driver(&self) -> Result<StartedQueue> {
@@ -677,20 +703,19 @@ impl<D: BlockDriver> QueueStarter<D> {
         })
     }
 
-    /// The transport to serve, and why it is not the ring that it should be.
+    /// The transport to serve, and why the kernel does not have all of its
+    /// entries.
     fn transport(
         &self,
         legacy: Box<Legacy>,
         ring: Option<Prepared>,
         order: Order,
-    ) -> (Box<dyn Transport>, Option<Error>) {
-        match ring.filter(|_| order == Order::Register) {
-            None => (legacy, None),
-            Some(ring) => match ring.register(legacy, self.wakeups.clone()) {
-                Ok(uring) => (Box::new(uring), None),
-                Err((error, legacy)) => (legacy, Some(error)),
-            },
-        }
+    ) -> Result<(Box<dyn Transport>, Option<Error>)> {
+        let Some(ring) = ring.filter(|_| order == Order::Register) else {
+            return Ok((legacy, None));
+        };
+        let (uring, refused) = ring.register(legacy, self.wakeups.clone())?;
+        Ok((Box::new(uring), refused))
     }
 
     fn queue(self, transport: Box<dyn Transport>) -> Queue<Box<dyn Transport>> {

@@ -206,13 +206,14 @@ impl Prepared {
         })
     }
 
-    /// Registers the entries. `legacy` serves what comes by /dev/fuse; if this
-    /// fails it is given back, to serve everything.
+    /// Registers the entries. `legacy` serves what comes by /dev/fuse. Also
+    /// returns why the kernel has refused an entry, if it has: it may still
+    /// use the others.
     pub(crate) fn register(
         self,
         legacy: Box<Legacy>,
         wakeups: Arc<Wakeups>,
-    ) -> std::result::Result<Uring, (Error, Box<Legacy>)> {
+    ) -> Result<(Uring, Option<Error>)> {
         let mut uring = Uring {
             ring: self.ring,
             legacy,
@@ -232,10 +233,8 @@ impl Prepared {
             device_is_ready: false,
             gone: false,
         };
-        match uring.register(self.slots) {
-            Ok(()) => Ok(uring),
-            Err(error) => Err((error, uring.legacy)),
-        }
+        let refused = uring.register(self.slots)?;
+        Ok((uring, refused))
     }
 }
 
@@ -267,12 +266,7 @@ pub(crate) struct Uring {
 }
 
 impl Uring {
-    fn register(&mut self, slots: Slots) -> Result<()> {
-        let result = self.register_all(slots);
-        result.map_err(|e| Error::new(e.errno(), format!("cannot register with FUSE: {e}")))
-    }
-
-    fn register_all(&mut self, mut slots: Slots) -> Result<()> {
+    fn register(&mut self, mut slots: Slots) -> Result<Option<Error>> {
         self.watch(mark::WAKE)?;
         if self.reads_device {
             self.watch(mark::DEVICE)?;
@@ -284,11 +278,14 @@ impl Uring {
         }
         // The kernel has read the areas after this.
         self.ring.submit().map_err(|e| failed("submit", &e))?;
-        self.reap()?;
+        let mut refused = None;
+        while let Some(completion) = self.ring.next() {
+            refused = refused.or(self.completed(completion).err());
+        }
         if self.gone {
             return Err(Error::new(libc::ENOTCONN, "the connection has ended"));
         }
-        Ok(())
+        Ok(refused)
     }
 
     fn watch(&mut self, what: u64) -> Result<()> {

@@ -8,6 +8,8 @@
 #[path = "common/alone.rs"]
 mod alone;
 mod common;
+#[path = "common/hooked.rs"]
+mod hooked;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -22,6 +24,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use alone::{Belongings, alone, own_dir};
 use common::{Handle, Memory, SOON, Watchdog, pattern, skip};
+use hooked::{At, Hooked};
 
 const ENABLE_URING: &str = "/sys/module/fuse/parameters/enable_uring";
 const IO_URING_DISABLED: &str = "/proc/sys/kernel/io_uring_disabled";
@@ -190,20 +193,29 @@ impl Place {
     /// `on` fails because of `reason`, and nothing is left.
     fn refuses(&self, reason: &str, configure: impl Fn(Builder<Handle>) -> Builder<Handle>) {
         let result = configure(builder(&self.path, IoUring::On)).start();
-        let error = result.expect_err("it must fail");
-        assert!(error.message().contains(reason), "{error}, not {reason}");
-        self.before.are_all();
-        assert!(!common::is_mounted(&self.path));
-        take_log();
+        assert!(result.is_err(), "it must fail");
+        self.expect(result, reason);
     }
 
     /// `auto` serves over /dev/fuse because of `reason`, and nothing is left.
     fn falls_back(&self, reason: &str, configure: impl Fn(Builder<Handle>) -> Builder<Handle>) {
-        let export = configure(builder(&self.path, IoUring::Auto))
-            .start()
-            .unwrap();
-        assert_eq!(export.transport(), "/dev/fuse");
+        let result = configure(builder(&self.path, IoUring::Auto)).start();
+        assert!(result.is_ok(), "{result:?}");
+        self.expect(result, reason);
+    }
+
+    /// There is no io_uring because of `reason`, and nothing is left.
+    fn expect(&self, result: blkfuse::Result<Export>, reason: &str) {
         let lines = take_log();
+        let export = match result {
+            Ok(export) => export,
+            Err(error) => {
+                assert!(error.message().contains(reason), "{error}, not {reason}");
+                assert!(!common::is_mounted(&self.path));
+                return self.before.are_all();
+            }
+        };
+        assert_eq!(export.transport(), "/dev/fuse");
         let [(Level::Info, why), (Level::Info, started)] = &lines[..] else {
             panic!("one line says why, and one what has started: {lines:?}");
         };
@@ -310,13 +322,47 @@ fn the_kernel_has_known_defects() {
     });
 }
 
+/// What the kernel has offered it no longer has when it is asked for it.
 #[test]
-fn the_kernel_rejects_a_registration() {
-    on_a_system_with(&[], "the_kernel_rejects_a_registration", || {
+fn the_kernel_rejects_every_registration() {
+    on_a_system_with(&[], "the_kernel_rejects_every_registration", || {
+        let place = Place::new();
+        for queues in common::QUEUES {
+            for io_uring in [IoUring::On, IoUring::Auto] {
+                let driver = Hooked::new(Memory::patterned(LENGTH).handle(), |at| {
+                    if let At::QueueStart(0) = at {
+                        fs::write(ENABLE_URING, "N")?;
+                    }
+                    Ok(())
+                });
+                let builder = Export::builder(driver).mountpoint(&place.path);
+                let builder = builder.writable(true).queues(queues).io_uring(io_uring);
+                let result = builder.start();
+                fs::write(ENABLE_URING, "Y").unwrap();
+                assert_eq!(result.is_ok(), io_uring == IoUring::Auto);
+                place.expect(result, "the kernel refused an entry");
+            }
+        }
+    });
+}
+
+/// Only for a CPU that there is not: the others' are enough.
+#[test]
+fn the_kernel_rejects_some_registrations() {
+    on_a_system_with(&[], "the_kernel_rejects_some_registrations", || {
         have_own_mounts();
-        // More than there are: those for the last one are refused.
         pretend(POSSIBLE_CPUS, &format!("0-{}\n", possible_cpus()));
-        refused("cannot register with FUSE");
+        let place = Place::new();
+        for queues in common::QUEUES {
+            for io_uring in [IoUring::On, IoUring::Auto] {
+                let builder = builder(&place.path, io_uring).queues(queues);
+                let export = builder.start().unwrap();
+                assert_eq!(export.transport(), "io_uring");
+                let lines = take_log();
+                assert!(lines[0].1.ends_with("the others serve"), "{lines:?}");
+                place.works(export);
+            }
+        }
     });
 }
 
@@ -368,26 +414,19 @@ fn descriptors_run_out() {
         for limit in open..open + 60 {
             setrlimit(Resource::RLIMIT_NOFILE, limit, hard).unwrap();
             let start = |io_uring| builder(&place.path, io_uring).start();
-            let results = [IoUring::Off, IoUring::On, IoUring::Auto].map(|io_uring| {
-                take_log();
+            let [off, on, auto] = [IoUring::Off, IoUring::On, IoUring::Auto].map(|io_uring| {
                 let result = start(io_uring);
                 let transport = result.as_ref().map(Export::transport).map_err(Clone::clone);
-                let why = LINES.lock().unwrap().clone();
                 if let Ok(export) = result {
                     export.delete(Some(SOON)).unwrap();
                 }
-                (transport, why)
+                transport
             });
             setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
             place.before.are_all();
-            let [off, on, auto] = results;
-            match (off.0, on.0, auto.0) {
-                (Ok(_), Ok(_), Ok(by)) => assert_eq!(by, "io_uring", "{limit}: {:?}", auto.1),
-                (Ok(_), Err(_), Ok(by)) => {
-                    assert_eq!(by, "/dev/fuse", "with {limit} descriptors");
-                    fell_back += 1;
-                }
-                (Err(_), Err(_), Err(_)) => {}
+            match (off, on, auto) {
+                (Ok(_), _, Ok("/dev/fuse")) => fell_back += 1,
+                (Ok(_), Ok(_), Ok("io_uring")) | (Err(_), Err(_), Err(_)) => {}
                 other => panic!("with {limit} descriptors: {other:?}"),
             }
         }
