@@ -335,6 +335,7 @@ impl<T: Transport> Queue<T> {
         }
         if self.in_flight == 0 && self.unfinished.is_some() {
             // The last answers leave before the connection ends.
+            self.transport.end();
             self.flush();
             self.unfinished = None;
         }

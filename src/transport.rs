@@ -31,6 +31,9 @@ pub(crate) trait Transport {
         Ok(())
     }
 
+    /// The queue is about to end, and will not answer for others any more.
+    fn end(&mut self) {}
+
     /// Takes one request that has arrived. Does not block.
     fn fetch(&mut self) -> Fetched;
 
@@ -77,6 +80,9 @@ impl Transport for Box<dyn Transport> {
     }
     fn begin(&mut self) -> Result<(), Error> {
         (**self).begin()
+    }
+    fn end(&mut self) {
+        (**self).end();
     }
     fn fetch(&mut self) -> Fetched {
         (**self).fetch()

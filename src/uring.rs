@@ -232,6 +232,7 @@ impl Prepared {
             reads_device: self.queue == 0,
             device_is_ready: false,
             gone: false,
+            ending: false,
         };
         let refused = uring.register(self.slots)?;
         Ok((uring, refused))
@@ -263,6 +264,8 @@ pub(crate) struct Uring {
     device_is_ready: bool,
     /// The connection has ended.
     gone: bool,
+    /// Nobody may leave entries here any more.
+    ending: bool,
 }
 
 impl Uring {
@@ -408,6 +411,13 @@ impl Uring {
         }
     }
 
+    /// Others may leave entries here until the next dispatch.
+    fn rest(&self) {
+        if !self.ending {
+            self.share.exchange.open_door(self.queue);
+        }
+    }
+
     /// Follows the others to a new arrangement.
     fn rearrange(&mut self) {
         let changes = self.share.exchange.changes();
@@ -526,6 +536,12 @@ impl Transport for Uring {
         Ok(())
     }
 
+    fn end(&mut self) {
+        // The door is closed since the dispatch began. Whoever has found it open
+        // before has kept this queue, and with it the connection, from ending.
+        self.ending = true;
+    }
+
     fn fetch(&mut self) -> Fetched {
         if let Some(slot) = self.arrived.pop_front() {
             return Fetched::Request(slot);
@@ -587,7 +603,7 @@ impl Transport for Uring {
     }
 
     fn is_ready(&mut self) -> Result<bool> {
-        self.share.exchange.open_door(self.queue);
+        self.rest();
         if self.ring.has_news() {
             self.ring.submit().map_err(|e| failed("submit", &e))?;
             self.reap()?;
@@ -626,7 +642,7 @@ impl Transport for Uring {
         if !self.jobs_done.is_empty() {
             return self.flush();
         }
-        self.share.exchange.open_door(self.queue);
+        self.rest();
         self.ring.wait().map_err(|e| failed("wait", &e))?;
         self.reap()
     }
