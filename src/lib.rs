@@ -51,8 +51,10 @@
 //! life around the queues: mounting (mount.rs), the drain and the phases of
 //! life (control.rs, gate.rs), the file's attributes (file.rs), its end
 //! (ending.rs). Data move once: the driver reads into and writes out of the
-//! slot's payload, which is what the kernel copies from and to. With passthrough
-//! (passthrough.rs) reads do not come here at all.
+//! slot's payload, which is what the kernel copies from and to. What it wants
+//! done with other files waits at the queue's port (forward.rs), and the
+//! transport has the kernel do it. With passthrough (passthrough.rs) reads do
+//! not come here at all.
 //!
 //! # What the library does to its process
 //!

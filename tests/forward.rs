@@ -219,7 +219,7 @@ fn what_a_file_cannot_zero_is_written() {
     for_transports_and_queues(|transport, queues| {
         // No memory file can ZERO_RANGE, and it has no disk to wait for.
         let image = nix::sys::memfd::memfd_create(c"image", nix::sys::memfd::MFdFlags::empty());
-        let image = File::from(OwnedFd::from(image.unwrap()));
+        let image = File::from(image.unwrap());
         image.write_all_at(&pattern(0, LEN), 0).unwrap();
         let part = Part::new(image.try_clone().unwrap(), 0);
         let exported = Exported::with(Handle(part), queues, |b| b.io_uring(transport));
