@@ -700,16 +700,16 @@ int blkfuse_request_complete(struct blkfuse_request *request, int result);
  * of blkfuse_request_complete(), with all that is said there; within the
  * callback, which then returns what this returns:
  *
- *     return blkfuse_request_forward(request, disk->fd, disk->start + offset);
+ *   return blkfuse_request_forward(request, disk->fd, disk->start + offset);
  *
  * or later, if the callback returned BLKFUSE_PENDING.
  *
- *     read          as pread(2); what lies past the end of the file is zeroes
- *     write         as pwrite(2)
- *     flush         as fdatasync(2); `offset` is of no meaning
- *     discard       punches a hole with fallocate(2)
- *     write_zeroes  zeroes the range with fallocate(2), or punches a hole if
- *                   it comes with BLKFUSE_MAY_UNMAP
+ * - read: as pread(2); what lies past the end of the file is zeroes
+ * - write: as pwrite(2)
+ * - flush: as fdatasync(2); `offset` is of no meaning
+ * - discard: punches a hole with fallocate(2)
+ * - write_zeroes: zeroes the range with fallocate(2), or punches a hole if it
+ *   comes with BLKFUSE_MAY_UNMAP
  *
  * What a file cannot discard or zero is done as if the callback had returned
  * -ENOTSUP. Other errors of the I/O are the request's: also those of a

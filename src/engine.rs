@@ -37,6 +37,7 @@ pub(crate) fn engine<D: BlockDriver, T: Transport>(
     let file = Arc::new(File::new(policy, length, 1));
     // As after the look at the attributes that comes before an open.
     file.tell(length);
+    file.publish();
     let port = Rc::new(Port::default());
     let device = Rc::new(Device {
         driver,

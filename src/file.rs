@@ -42,6 +42,9 @@ pub(crate) struct File {
     /// What reads or changes the image's content passes here; shrinking
     /// closes it.
     pub(crate) uses: Gate,
+    /// Whether the export has started. Before, only the start itself looks at
+    /// the file, to see whether it is served.
+    public: AtomicBool,
     open_count: AtomicU64,
     writer_count: AtomicU64,
     /// The length that the kernel believes in: the last one it was told.
@@ -114,6 +117,7 @@ impl File {
             reached: AtomicU64::new(length),
             resizing: async_lock::Mutex::new(()),
             uses: Gate::new(queues),
+            public: AtomicBool::new(false),
             open_count: AtomicU64::new(0),
             writer_count: AtomicU64::new(0),
             // Until it has asked, the kernel takes the file for empty.
@@ -176,6 +180,15 @@ impl File {
     /// `queue` has changed the content.
     pub(crate) fn touch(&self, queue: usize) {
         self.changed[queue].store(now(), Relaxed);
+    }
+
+    /// The export has started.
+    pub(crate) fn publish(&self) {
+        self.public.store(true, Release);
+    }
+
+    pub(crate) fn is_public(&self) -> bool {
+        self.public.load(Acquire)
     }
 
     pub(crate) fn opened(&self, writer: bool) {

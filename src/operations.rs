@@ -337,19 +337,26 @@ impl<D: BlockDriver> Request<'_, D> {
     }
 
     fn attributes(&self, slot: &mut Slot) -> Outcome {
-        // Not worth failing a stat, or a truncation that has been done.
-        let allocated = self.driver().allocated_size().unwrap_or_else(|e| {
-            log::warn!("the driver cannot say how much is allocated: {e}");
-            None
-        });
+        let is_public = self.file().is_public();
+        // During the start the driver is left alone: its owner may be unable to
+        // answer for it then.
+        let allocated = if is_public { self.allocated() } else { None };
         let allocated = allocated.unwrap_or_else(|| self.file().length());
         let attr = self.file().attributes(allocated);
         slot.answer_with(&AttrOut {
-            attr_valid: ATTR_VALID,
+            attr_valid: if is_public { ATTR_VALID } else { 0 },
             attr,
             ..AttrOut::default()
         });
         Ok(0)
+    }
+
+    fn allocated(&self) -> Option<u64> {
+        // Not worth failing a stat, or a truncation that has been done.
+        self.driver().allocated_size().unwrap_or_else(|e| {
+            log::warn!("the driver cannot say how much is allocated: {e}");
+            None
+        })
     }
 
     async fn setattr(&self, slot: &mut Slot, setattr: &SetattrIn) -> Outcome {

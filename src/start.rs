@@ -161,6 +161,7 @@ fn start_on<D: BlockDriver>(
         }
     };
     let mount = attached.map(|(_device, mount)| mount);
+    shared.file.publish();
     log_start(&shared, queues, carrier);
     let export = Export::new(shared.clone(), threads.settle(), mount, carrier, gone);
     shared.control.announce();
