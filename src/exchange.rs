@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use crossbeam_utils::CachePadded;
 use parking_lot::Mutex;
 
-use crate::placement::{Placement, near};
+use crate::placement::{Placement, Traffic, near};
 use crate::slot::Slot;
 use crate::wakeups::Wakeups;
 
@@ -41,7 +41,9 @@ struct Place {
     door: Mutex<Door>,
     /// How many requests of each CPU it has answered.
     requests: Box<[AtomicU64]>,
-    /// How many bytes these have moved.
+    /// How many of these while it had no other.
+    lone: AtomicU64,
+    /// How many bytes they have moved.
     bytes: AtomicU64,
 }
 
@@ -58,8 +60,7 @@ struct Door {
 struct Review {
     placement: Placement,
     /// As of the last look.
-    requests: Vec<u64>,
-    bytes: u64,
+    traffic: Traffic,
     /// What the last looks have favoured, and how many.
     favoured: Placement,
     looks: u32,
@@ -75,6 +76,7 @@ impl Exchange {
                 rests: AtomicBool::new(false),
                 door: Mutex::default(),
                 requests: (0..cpus).map(|_| AtomicU64::new(0)).collect(),
+                lone: AtomicU64::new(0),
                 bytes: AtomicU64::new(0),
             })
         };
@@ -83,8 +85,7 @@ impl Exchange {
             places: wakeups.iter().map(place).collect(),
             review: Mutex::new(Review {
                 placement: Placement::Wide,
-                requests: vec![0; cpus],
-                bytes: 0,
+                traffic: Traffic::none(cpus),
                 favoured: Placement::Wide,
                 looks: 0,
             }),
@@ -165,7 +166,7 @@ impl Exchange {
             Placement::Wide if in_hand > 1 => (0..self.queues()).find(rests),
             Placement::Wide => None,
             Placement::Solo { queue: soloist, .. } => Some(soloist),
-            Placement::Near => {
+            Placement::Near { .. } => {
                 let cpu = slot.ring.map_or(0, |ring| ring.kernel_queue.into());
                 Some(near(cpu, self.cpus, self.queues()))
             }
@@ -174,13 +175,27 @@ impl Exchange {
         .filter(rests)
     }
 
-    /// `queue` answers a request of `cpu` that has moved `bytes`. Its own
-    /// thread's call, so nobody else changes these.
-    pub(crate) fn count(&self, queue: usize, cpu: usize, bytes: usize) {
+    /// `queue`, which has `in_hand` requests, answers one of `cpu` that has
+    /// moved `bytes`. Its own thread's call, so nobody else changes these.
+    pub(crate) fn count(&self, queue: usize, in_hand: usize, cpu: usize, bytes: usize) {
         let add = |counter: &AtomicU64, n| counter.store(counter.load(Relaxed) + n, Relaxed);
         let place = &self.places[queue];
         add(&place.requests[cpu], 1);
+        add(&place.lone, (in_hand == 1).into());
         add(&place.bytes, bytes as u64);
+    }
+
+    /// All that has come so far.
+    fn traffic(&self) -> Traffic {
+        let mut all = Traffic::none(self.cpus);
+        for place in &self.places {
+            for (sum, counter) in all.requests.iter_mut().zip(&place.requests) {
+                *sum += counter.load(Relaxed);
+            }
+            all.lone += place.lone.load(Relaxed);
+            all.bytes += place.bytes.load(Relaxed);
+        }
+        all
     }
 
     /// Looks at the traffic since the last look, unless somebody does.
@@ -188,27 +203,12 @@ impl Exchange {
         let Some(mut review) = self.review.try_lock() else {
             return;
         };
-        let review = &mut *review;
-        let mut requests = vec![0; self.cpus];
-        let mut bytes = 0;
-        for place in &self.places {
-            for (sum, counter) in requests.iter_mut().zip(&place.requests) {
-                *sum += counter.load(Relaxed);
-            }
-            bytes += place.bytes.load(Relaxed);
-        }
-        let since: Vec<_> = requests
-            .iter()
-            .zip(&review.requests)
-            .map(|(now, then)| now - then)
-            .collect();
-        let favoured = review
-            .placement
-            .next(&since, bytes - review.bytes, self.queues());
-        review.requests = requests;
-        review.bytes = bytes;
+        let traffic = self.traffic();
+        let since = traffic.since(&review.traffic);
+        review.traffic = traffic;
+        let favoured = review.placement.next(&since, self.queues());
         if review.convinced_of(favoured) {
-            log::debug!("io_uring: now {favoured:?}, for {since:?} requests of each CPU");
+            log::debug!("io_uring: now {favoured:?}, for {since:?}");
             review.placement = favoured;
             self.changes.fetch_add(1, Relaxed);
         }
@@ -263,14 +263,30 @@ mod tests {
     #[test]
     fn only_a_queue_at_rest_is_handed_entries() {
         let exchange = exchange(2);
-        assert!(exchange.hand_over(slot(1), 0, 1, Placement::Near).is_some());
+        assert!(
+            exchange
+                .hand_over(slot(1), 0, 1, Placement::Near { lone: false })
+                .is_some()
+        );
         exchange.open_door(1);
-        assert!(exchange.hand_over(slot(1), 0, 1, Placement::Near).is_none());
+        assert!(
+            exchange
+                .hand_over(slot(1), 0, 1, Placement::Near { lone: false })
+                .is_none()
+        );
         assert!(exchange.places[1].wakeups.is_needed(), "it is woken");
-        assert!(exchange.hand_over(slot(0), 0, 1, Placement::Near).is_some());
+        assert!(
+            exchange
+                .hand_over(slot(0), 0, 1, Placement::Near { lone: false })
+                .is_some()
+        );
         assert_eq!(exchange.close_door(1).len(), 1);
         assert!(exchange.close_door(1).is_empty());
-        assert!(exchange.hand_over(slot(1), 0, 1, Placement::Near).is_some());
+        assert!(
+            exchange
+                .hand_over(slot(1), 0, 1, Placement::Near { lone: false })
+                .is_some()
+        );
     }
 
     #[test]
@@ -287,15 +303,15 @@ mod tests {
         let exchange = exchange(2);
         for look in 1..=CONVINCING {
             assert_eq!(exchange.changes(), 0, "before look {look}");
-            exchange.count(0, 0, 4096);
-            exchange.count(1, 1, 4096);
+            exchange.count(0, 2, 0, 4096);
+            exchange.count(1, 2, 1, 4096);
             exchange.review();
         }
-        assert_eq!(exchange.placement(), Placement::Near);
+        assert_eq!(exchange.placement(), Placement::Near { lone: false });
         assert_eq!(exchange.changes(), 1);
         // One client for a moment changes nothing.
-        exchange.count(0, 0, 4096);
+        exchange.count(0, 2, 0, 4096);
         exchange.review();
-        assert_eq!(exchange.placement(), Placement::Near);
+        assert_eq!(exchange.placement(), Placement::Near { lone: false });
     }
 }

@@ -5,12 +5,15 @@
 //! ring gets the entry's next request, so who serves whom can be changed with
 //! every answer (exchange.rs). No single arrangement is good for everybody:
 //!
-//! * **One client.** Two threads would take its requests in turns, one of them
-//!   on the client's own CPU. So one queue serves it alone, from any other
-//!   CPU, and may poll there. That the thread must not run beside the client is
-//!   enforced; left alone, the scheduler moves either of them about, at 10 us
-//!   a move.
-//! * **Several clients.** Every CPU is taken. A queue serves the CPUs that it
+//! * **One request at a time.** That is all about wake-ups. Where client and
+//!   server share a CPU the one is woken as the other goes to sleep, in 6 us;
+//!   across CPUs it takes 45. So each queue serves the CPUs that it may run on,
+//!   and waits awake for a moment, by which the scheduler learns to let them
+//!   take turns on two CPUs.
+//! * **One client with many requests.** Two threads would take them in turns,
+//!   one of them on the client's own CPU, which has enough to do. So one queue
+//!   serves it alone, from any other CPU, and may wait awake.
+//! * **Several clients.** Every CPU is taken. Each queue serves the CPUs that it
 //!   may run on, in between its clients' turns: no request crosses CPUs, and
 //!   what a client leaves behind is still in the cache.
 //! * **Large requests.** They are all copying, and a client uses the entries of
@@ -28,8 +31,45 @@ pub(crate) enum Placement {
     Wide,
     /// One queue serves all, away from the CPU of its client.
     Solo { queue: usize, client: usize },
-    /// Each queue serves some CPUs, and runs there.
-    Near,
+    /// Each queue serves some CPUs, and runs there; it may wait awake if
+    /// requests come one at a time.
+    Near { lone: bool },
+}
+
+/// What has come in a while.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Traffic {
+    /// How many requests from each CPU.
+    pub(crate) requests: Vec<u64>,
+    /// How many of them while no other was in hand.
+    pub(crate) lone: u64,
+    /// How many bytes they have moved.
+    pub(crate) bytes: u64,
+}
+
+impl Traffic {
+    pub(crate) fn none(cpus: usize) -> Self {
+        Self {
+            requests: vec![0; cpus],
+            ..Self::default()
+        }
+    }
+
+    /// What has come since `then`.
+    pub(crate) fn since(&self, then: &Self) -> Self {
+        let requests = self.requests.iter().zip(&then.requests);
+        Self {
+            requests: requests.map(|(now, then)| now - then).collect(),
+            lone: self.lone - then.lone,
+            bytes: self.bytes - then.bytes,
+        }
+    }
+}
+
+/// Whether a part is nearly all of it. A client that moves from one CPU to
+/// another counts for both.
+fn is_most(part: u64, all: u64) -> bool {
+    part * 8 >= all * 7
 }
 
 /// On which CPUs a queue's thread is to run.
@@ -48,26 +88,28 @@ pub(crate) fn near(cpu: usize, cpus: usize, queues: usize) -> usize {
 }
 
 impl Placement {
-    /// What suits the traffic of a while: how many requests came from each CPU,
-    /// and how many bytes they moved. `self` is what there is.
-    pub(crate) fn next(self, requests: &[u64], bytes: u64, queues: usize) -> Self {
+    /// What suits the traffic of a while. `self` is what there is.
+    pub(crate) fn next(self, traffic: &Traffic, queues: usize) -> Self {
+        let requests = &traffic.requests;
         let all: u64 = requests.iter().sum();
         if all == 0 {
             return self;
         }
-        if bytes / all >= LARGE {
+        if traffic.bytes / all >= LARGE {
             return Placement::Wide;
+        }
+        if is_most(traffic.lone, all) {
+            return Placement::Near { lone: true };
         }
         let client = (0..requests.len()).max_by_key(|cpu| requests[*cpu]);
         let client = client.unwrap_or(0);
-        // A client that moves from one CPU to another counts for both.
-        if requests[client] * 8 >= all * 7 {
+        if is_most(requests[client], all) {
             return Placement::Solo {
                 queue: self.soloist(client, requests.len(), queues),
                 client,
             };
         }
-        Placement::Near
+        Placement::Near { lone: false }
     }
 
     /// Whoever serves alone goes on with that; else one that has not been
@@ -86,7 +128,7 @@ impl Placement {
                 queue: soloist,
                 client,
             } if soloist == queue => Seat::Beside(client),
-            Placement::Near => Seat::Among,
+            Placement::Near { .. } => Seat::Among,
             Placement::Solo { .. } | Placement::Wide => Seat::Anywhere,
         }
     }
@@ -94,7 +136,11 @@ impl Placement {
     /// Whether `queue` may wait for requests without sleeping: only where no
     /// client needs the CPU.
     pub(crate) fn may_poll(self, queue: usize) -> bool {
-        matches!(self, Placement::Solo { queue: soloist, .. } if soloist == queue)
+        match self {
+            Placement::Solo { queue: soloist, .. } => soloist == queue,
+            Placement::Near { lone } => lone,
+            Placement::Wide => false,
+        }
     }
 }
 
@@ -102,11 +148,17 @@ impl Placement {
 mod tests {
     use super::*;
 
-    const SMALL: u64 = 4096;
+    fn traffic(requests: &[u64], size: u64) -> Traffic {
+        Traffic {
+            requests: requests.to_vec(),
+            lone: 0,
+            bytes: requests.iter().sum::<u64>() * size,
+        }
+    }
 
     #[test]
     fn one_client_is_served_by_one_queue_from_another_cpu() {
-        let placed = Placement::Wide.next(&[100, 3], 103 * SMALL, 2);
+        let placed = Placement::Wide.next(&traffic(&[100, 3], 4096), 2);
         assert_eq!(
             placed,
             Placement::Solo {
@@ -118,7 +170,7 @@ mod tests {
         assert_eq!(placed.seat(0), Seat::Anywhere);
         assert!(placed.may_poll(1) && !placed.may_poll(0));
         // It may move, and keeps its queue.
-        let moved = placed.next(&[3, 100], 103 * SMALL, 2);
+        let moved = placed.next(&traffic(&[3, 100], 4096), 2);
         assert_eq!(
             moved,
             Placement::Solo {
@@ -130,8 +182,9 @@ mod tests {
 
     #[test]
     fn clients_on_several_cpus_are_served_there() {
-        let placed = Placement::Wide.next(&[60, 40], 100 * SMALL, 2);
-        assert_eq!(placed, Placement::Near);
+        let placed = Placement::Wide.next(&traffic(&[60, 40], 4096), 2);
+        assert_eq!(placed, Placement::Near { lone: false });
+        assert_eq!(placed.seat(1), Seat::Among);
         assert!((0..2).all(|queue| !placed.may_poll(queue)));
         let served: Vec<_> = (0..8).map(|cpu| near(cpu, 8, 3)).collect();
         assert_eq!(served, [0, 0, 0, 1, 1, 1, 2, 2]);
@@ -139,8 +192,17 @@ mod tests {
     }
 
     #[test]
+    fn one_request_at_a_time_is_awaited_where_its_client_is() {
+        let mut lonely = traffic(&[100, 0], 4096);
+        lonely.lone = 100;
+        let placed = Placement::Wide.next(&lonely, 2);
+        assert_eq!(placed, Placement::Near { lone: true });
+        assert!(placed.may_poll(0) && placed.may_poll(1));
+    }
+
+    #[test]
     fn large_requests_are_for_everybody() {
-        let placed = Placement::Near.next(&[100, 0], 100 << 20, 2);
+        let placed = Placement::Near { lone: false }.next(&traffic(&[100, 0], 1 << 20), 2);
         assert_eq!(placed, Placement::Wide);
         assert_eq!(placed.seat(0), Seat::Anywhere);
     }
@@ -151,9 +213,9 @@ mod tests {
             queue: 1,
             client: 0,
         };
-        assert_eq!(solo.next(&[0, 0], 0, 2), solo);
+        assert_eq!(solo.next(&Traffic::none(2), 2), solo);
         // A single queue is always right.
-        let placed = Placement::Near.next(&[0, 9], 9 * SMALL, 1);
+        let placed = Placement::Wide.next(&traffic(&[0, 9], 4096), 1);
         assert_eq!(
             placed,
             Placement::Solo {

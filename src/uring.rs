@@ -405,7 +405,7 @@ impl Uring {
         let Some(ring) = slot.ring else { return };
         let bytes = slot.payload_len() + slot.reply.payload_len();
         let exchange = &self.share.exchange;
-        exchange.count(self.queue, ring.kernel_queue.into(), bytes);
+        exchange.count(self.queue, self.in_hand, ring.kernel_queue.into(), bytes);
         if self.clock.tick() {
             exchange.review();
         }
