@@ -122,7 +122,9 @@ fn round(transport: IoUring, n: usize, driver: &Handle, path: &Path, done: &mut 
     }
     assert_eq!(export.failure(), None);
     let _quiet = client::no_children();
-    export.delete(Some(SOON)).unwrap();
+    if let Err(error) = export.delete(Some(SOON)) {
+        panic!("round {n}: {error}:{}", hosted::states(std::process::id()));
+    }
     done.rounds += 1;
 }
 

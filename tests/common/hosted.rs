@@ -149,7 +149,7 @@ fn say(text: impl std::fmt::Display) {
 }
 
 /// The threads of a process: their names, states, and what they wait for.
-fn states(process: u32) -> String {
+pub fn states(process: u32) -> String {
     let tasks = fs::read_dir(format!("/proc/{process}/task"));
     let mut text = String::new();
     for task in tasks.into_iter().flatten().flatten() {
