@@ -167,8 +167,12 @@ pub fn output(command: &mut Command) -> Output {
 
 /// Starts a program whose output is piped.
 pub fn start(command: &mut Command) -> Child {
+    spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()))
+}
+
+/// Starts a program.
+pub fn spawn(command: &mut Command) -> Child {
     let _starting = STARTING.read().unwrap_or_else(PoisonError::into_inner);
-    let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().unwrap();
     // Spawning may return before the exec has closed what it is to close.
     let descriptors = format!("/proc/{}/fd", child.id());

@@ -24,7 +24,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tempfile::TempDir;
 
 use crate::alone::{Belongings, own_dir};
-use crate::common::{Handle, Memory, eventually, is_mounted, mount_line, pattern};
+use crate::common::{Handle, Memory, client, eventually, is_mounted, mount_line, pattern};
 
 /// The name of the test that [`play`]s.
 pub const ROLE: &str = "a_role_in_another_test";
@@ -77,13 +77,13 @@ struct Player {
 
 impl Player {
     fn start(role: &str) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
             .args(["--exact", ROLE, "--nocapture", "--test-threads=1"])
             .env(ENV, role)
             .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .stdout(Stdio::piped());
+        let mut child = client::spawn(&mut command);
         let output = BufReader::new(child.stdout.take().unwrap());
         let (say, lines) = mpsc::channel();
         let reader = thread::spawn(move || {
@@ -149,7 +149,7 @@ fn say(text: impl std::fmt::Display) {
 }
 
 /// The threads of a process: their names, states, and what they wait for.
-fn states(process: u32) -> String {
+pub fn states(process: u32) -> String {
     let tasks = fs::read_dir(format!("/proc/{process}/task"));
     let mut text = String::new();
     for task in tasks.into_iter().flatten().flatten() {
@@ -477,16 +477,23 @@ pub struct Clients {
 }
 
 impl Clients {
+    /// Of a host's export.
     pub fn start(host: &Host) -> Self {
-        let role = |n| format!("client {} {n}", host.path.display());
+        Self::begin(&host.path, host.player.child.id())
+    }
+
+    /// Of an export of this process.
+    pub fn of(path: &Path) -> Self {
+        Self::begin(path, process::id())
+    }
+
+    fn begin(path: &Path, host: u32) -> Self {
+        let role = |n| format!("client {} {n}", path.display());
         let players: Vec<_> = (0..PROCESSES).map(|n| Player::start(&role(n))).collect();
         for player in &players {
             assert_eq!(player.hear(), "ready");
         }
-        Self {
-            players,
-            host: host.player.child.id(),
-        }
+        Self { players, host }
     }
 
     /// They end, each thread with an error.
