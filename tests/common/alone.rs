@@ -94,6 +94,15 @@ fn cpu_time() -> Duration {
     time(usage.ru_utime) + time(usage.ru_stime)
 }
 
+/// Waits until what was begun is done with, such as the first use of memory.
+pub fn wait_for_rest() {
+    common::eventually("it rests", || {
+        let before = cpu_time();
+        thread::sleep(Duration::from_millis(20));
+        cpu_time() - before < Duration::from_millis(2)
+    });
+}
+
 /// Nothing is to be done, and nothing must be: no queue spins.
 pub fn assert_rests(what: &str) {
     let before = cpu_time();
