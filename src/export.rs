@@ -202,6 +202,9 @@ pub struct Export {
 
 /// What an export's handle, threads and unmounting share.
 pub(crate) struct Shared {
+    // Dropped, and so its path free for another export, before the driver is,
+    // whose end is how the owner learns of that.
+    mount: OnceLock<Mount>,
     pub(crate) control: Arc<Control>,
     pub(crate) file: Arc<File>,
     pub(crate) stats: Arc<AllStats>,
@@ -211,7 +214,6 @@ pub(crate) struct Shared {
     device: Mutex<Option<Arc<OwnedFd>>>,
     /// What the kernel reads by itself; closed before `device`.
     backing: Mutex<Option<Backing>>,
-    mount: OnceLock<Mount>,
     /// Threads of queues that have not ended.
     running: AtomicUsize,
     ending: Arc<Ending>,
