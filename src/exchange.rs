@@ -166,7 +166,7 @@ impl Exchange {
             Placement::Wide if in_hand > 1 => (0..self.queues()).find(rests),
             Placement::Wide => None,
             Placement::Solo { queue: soloist, .. } => Some(soloist),
-            Placement::Near { .. } => {
+            Placement::Near => {
                 let cpu = slot.ring.map_or(0, |ring| ring.kernel_queue.into());
                 Some(near(cpu, self.cpus, self.queues()))
             }
@@ -263,30 +263,14 @@ mod tests {
     #[test]
     fn only_a_queue_at_rest_is_handed_entries() {
         let exchange = exchange(2);
-        assert!(
-            exchange
-                .hand_over(slot(1), 0, 1, Placement::Near { lone: false })
-                .is_some()
-        );
+        assert!(exchange.hand_over(slot(1), 0, 1, Placement::Near).is_some());
         exchange.open_door(1);
-        assert!(
-            exchange
-                .hand_over(slot(1), 0, 1, Placement::Near { lone: false })
-                .is_none()
-        );
+        assert!(exchange.hand_over(slot(1), 0, 1, Placement::Near).is_none());
         assert!(exchange.places[1].wakeups.is_needed(), "it is woken");
-        assert!(
-            exchange
-                .hand_over(slot(0), 0, 1, Placement::Near { lone: false })
-                .is_some()
-        );
+        assert!(exchange.hand_over(slot(0), 0, 1, Placement::Near).is_some());
         assert_eq!(exchange.close_door(1).len(), 1);
         assert!(exchange.close_door(1).is_empty());
-        assert!(
-            exchange
-                .hand_over(slot(1), 0, 1, Placement::Near { lone: false })
-                .is_some()
-        );
+        assert!(exchange.hand_over(slot(1), 0, 1, Placement::Near).is_some());
     }
 
     #[test]
@@ -307,11 +291,11 @@ mod tests {
             exchange.count(1, 2, 1, 4096);
             exchange.review();
         }
-        assert_eq!(exchange.placement(), Placement::Near { lone: false });
+        assert_eq!(exchange.placement(), Placement::Near);
         assert_eq!(exchange.changes(), 1);
         // One client for a moment changes nothing.
         exchange.count(0, 2, 0, 4096);
         exchange.review();
-        assert_eq!(exchange.placement(), Placement::Near { lone: false });
+        assert_eq!(exchange.placement(), Placement::Near);
     }
 }

@@ -7,9 +7,8 @@
 //!
 //! * **One request at a time.** That is all about wake-ups. Where client and
 //!   server share a CPU the one is woken as the other goes to sleep, in 6 us;
-//!   across CPUs it takes 45. So each queue serves the CPUs that it may run on,
-//!   and waits awake for a moment, by which the scheduler learns to let them
-//!   take turns on two CPUs.
+//!   across CPUs it takes 45. So each queue serves the CPUs that it may run on.
+//!   It does not wait awake: that would keep the client from its CPU.
 //! * **One client with many requests.** Two threads would take them in turns,
 //!   one of them on the client's own CPU, which has enough to do. So one queue
 //!   serves it alone, from any other CPU, and may wait awake.
@@ -31,9 +30,8 @@ pub(crate) enum Placement {
     Wide,
     /// One queue serves all, away from the CPU of its client.
     Solo { queue: usize, client: usize },
-    /// Each queue serves some CPUs, and runs there; it may wait awake if
-    /// requests come one at a time.
-    Near { lone: bool },
+    /// Each queue serves some CPUs, and runs there.
+    Near,
 }
 
 /// What has come in a while.
@@ -99,7 +97,7 @@ impl Placement {
             return Placement::Wide;
         }
         if is_most(traffic.lone, all) {
-            return Placement::Near { lone: true };
+            return Placement::Near;
         }
         let client = (0..requests.len()).max_by_key(|cpu| requests[*cpu]);
         let client = client.unwrap_or(0);
@@ -109,7 +107,7 @@ impl Placement {
                 client,
             };
         }
-        Placement::Near { lone: false }
+        Placement::Near
     }
 
     /// Whoever serves alone goes on with that; else one that has not been
@@ -128,7 +126,7 @@ impl Placement {
                 queue: soloist,
                 client,
             } if soloist == queue => Seat::Beside(client),
-            Placement::Near { .. } => Seat::Among,
+            Placement::Near => Seat::Among,
             Placement::Solo { .. } | Placement::Wide => Seat::Anywhere,
         }
     }
@@ -138,8 +136,7 @@ impl Placement {
     pub(crate) fn may_poll(self, queue: usize) -> bool {
         match self {
             Placement::Solo { queue: soloist, .. } => soloist == queue,
-            Placement::Near { lone } => lone,
-            Placement::Wide => false,
+            Placement::Near | Placement::Wide => false,
         }
     }
 }
@@ -183,7 +180,7 @@ mod tests {
     #[test]
     fn clients_on_several_cpus_are_served_there() {
         let placed = Placement::Wide.next(&traffic(&[60, 40], 4096), 2);
-        assert_eq!(placed, Placement::Near { lone: false });
+        assert_eq!(placed, Placement::Near);
         assert_eq!(placed.seat(1), Seat::Among);
         assert!((0..2).all(|queue| !placed.may_poll(queue)));
         let served: Vec<_> = (0..8).map(|cpu| near(cpu, 8, 3)).collect();
@@ -192,17 +189,17 @@ mod tests {
     }
 
     #[test]
-    fn one_request_at_a_time_is_awaited_where_its_client_is() {
+    fn one_request_at_a_time_is_served_where_its_client_is() {
         let mut lonely = traffic(&[100, 0], 4096);
         lonely.lone = 100;
         let placed = Placement::Wide.next(&lonely, 2);
-        assert_eq!(placed, Placement::Near { lone: true });
-        assert!(placed.may_poll(0) && placed.may_poll(1));
+        assert_eq!(placed, Placement::Near);
+        assert!(!placed.may_poll(0) && !placed.may_poll(1));
     }
 
     #[test]
     fn large_requests_are_for_everybody() {
-        let placed = Placement::Near { lone: false }.next(&traffic(&[100, 0], 1 << 20), 2);
+        let placed = Placement::Near.next(&traffic(&[100, 0], 1 << 20), 2);
         assert_eq!(placed, Placement::Wide);
         assert_eq!(placed.seat(0), Seat::Anywhere);
     }
