@@ -30,6 +30,9 @@ const ENABLE_URING: &str = "/sys/module/fuse/parameters/enable_uring";
 const IO_URING_DISABLED: &str = "/proc/sys/kernel/io_uring_disabled";
 const POSSIBLE_CPUS: &str = "/sys/devices/system/cpu/possible";
 const LENGTH: usize = 100_000;
+/// How long an end may take: an unmount waits for the kernel's RCU, which is
+/// slow on a busy machine.
+const PATIENT: std::time::Duration = std::time::Duration::from_secs(50);
 
 // --- the system -------------------------------------------------------------
 
@@ -180,7 +183,7 @@ impl Place {
         let watchdog = Watchdog::new(&path);
         // The first export makes what the process keeps.
         let first = builder(&path, IoUring::Off).start().unwrap();
-        first.delete(Some(SOON)).unwrap();
+        first.delete(Some(PATIENT)).unwrap();
         take_log();
         Self {
             before: Belongings::now(),
@@ -237,7 +240,7 @@ impl Place {
         file.read_exact_at(&mut data[..4], 5000).unwrap();
         assert_eq!(&data[..4], b"more");
         drop(file);
-        export.delete(Some(SOON)).unwrap();
+        export.delete(Some(PATIENT)).unwrap();
         self.before.are_all();
         take_log();
     }
@@ -418,7 +421,7 @@ fn descriptors_run_out() {
                 let result = start(io_uring);
                 let transport = result.as_ref().map(Export::transport).map_err(Clone::clone);
                 if let Ok(export) = result {
-                    export.delete(Some(SOON)).unwrap();
+                    export.delete(Some(PATIENT)).unwrap();
                 }
                 transport
             });
