@@ -23,7 +23,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use alone::{Belongings, alone, own_dir};
-use common::{Handle, Memory, SOON, Watchdog, pattern, skip};
+use common::{Handle, Memory, Watchdog, pattern, skip};
 use hooked::{At, Hooked};
 
 const ENABLE_URING: &str = "/sys/module/fuse/parameters/enable_uring";
