@@ -95,8 +95,6 @@ mod mark {
 /// What the queues of one export share.
 pub(crate) struct Share {
     plan: Plan,
-    /// The kernel queue with the entry that becomes the anchor.
-    anchored_at: usize,
     exchange: Exchange,
     /// A request has come through a ring: the kernel has switched, for good.
     switched: AtomicBool,
@@ -106,6 +104,8 @@ pub(crate) struct Share {
 /// The entry that is never given back while the connection lives.
 #[derive(Debug)]
 struct Anchor {
+    /// The kernel queue that has an entry more for it.
+    spared_by: usize,
     /// One is still to be had.
     wanted: AtomicBool,
     slot: Mutex<Option<Box<Slot>>>,
@@ -116,10 +116,10 @@ impl Share {
     pub(crate) fn new(plan: Plan, anchored_at: usize, wakeups: &[Arc<Wakeups>]) -> Self {
         Self {
             plan,
-            anchored_at,
             exchange: Exchange::new(plan.kernel_queues, wakeups),
             switched: AtomicBool::new(false),
             anchor: Anchor {
+                spared_by: anchored_at,
                 wanted: AtomicBool::new(true),
                 slot: Mutex::new(None),
             },
@@ -138,7 +138,7 @@ impl Share {
     /// How many entries a kernel's queue has. One has another one, for the
     /// anchor.
     fn depth(&self, kernel_queue: usize) -> usize {
-        self.plan.depth + usize::from(kernel_queue == self.anchored_at)
+        self.plan.depth + usize::from(kernel_queue == self.anchor.spared_by)
     }
 
     /// The kernel's queues of the entries that `queue` registers; those of one
@@ -162,9 +162,14 @@ pub(crate) fn slots(plan: &Plan) -> usize {
 }
 
 impl Anchor {
-    /// Keeps the entry of an answered RELEASE if one is wanted.
+    /// Keeps the entry of an answered RELEASE if one is wanted; only where there
+    /// is one to spare, or those that come by that queue might have none.
     fn keep(&self, slot: Box<Slot>) -> Option<Box<Slot>> {
-        if slot.header.opcode != opcode::RELEASE || !self.wanted.swap(false, Relaxed) {
+        let can_be_spared = slot
+            .ring
+            .is_some_and(|ring| usize::from(ring.kernel_queue) == self.spared_by);
+        let is_release = slot.header.opcode == opcode::RELEASE;
+        if !can_be_spared || !is_release || !self.wanted.swap(false, Relaxed) {
             return Some(slot);
         }
         *self.slot.lock() = Some(slot);
