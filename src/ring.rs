@@ -21,6 +21,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// The most entries that are queued before they are submitted.
 const SUBMISSIONS: u32 = 256;
+/// How much of what it has to do for a thread the kernel does at once, if that
+/// does not wait: `IO_LOCAL_TW_DEFAULT_MAX`.
+const TASKS: u32 = 20;
 /// The most completions that the kernel lets a ring hold.
 const MOST_COMPLETIONS: u32 = 65536;
 
@@ -102,6 +105,8 @@ type Builder = io_uring::Builder<Entry128, cqueue::Entry>;
 /// An io_uring.
 pub(crate) struct Ring {
     inner: IoUring<Entry128, cqueue::Entry>,
+    /// How many entries may be in the kernel.
+    most: u32,
 }
 
 impl Ring {
@@ -133,7 +138,10 @@ impl Ring {
             .setup_cqsize(completions);
         run_tasks(&mut builder);
         let inner = builder.build(SUBMISSIONS)?;
-        Ok(Self { inner })
+        Ok(Self {
+            inner,
+            most: completions,
+        })
     }
 
     /// Queues a command; it reaches the kernel with the next call that enters
@@ -183,14 +191,17 @@ impl Ring {
     }
 
     /// Runs all that the kernel has to do for this thread, which one call does
-    /// only a part of.
+    /// only a part of. The flag that says so is not to be waited for: the
+    /// kernel raises it after it has added the work, so that it may stay up
+    /// when the work has long been done.
     fn settle(&mut self) -> io::Result<()> {
-        loop {
+        for _ in 0..=self.most / TASKS {
             self.submit()?;
             if !self.inner.submission().taskrun() {
-                return Ok(());
+                break;
             }
         }
+        Ok(())
     }
 
     /// As [`submit`](Self::submit), and waits until there is a completion or a
@@ -231,7 +242,7 @@ impl Ring {
     /// something that the kernel has for us; makes no system call.
     pub(crate) fn has_news(&mut self) -> bool {
         // What is still to be run for this thread shows in the flags of the
-        // submission queue.
+        // submission queue (also, now and then, what is not any more).
         !self.inner.completion().is_empty() || self.inner.submission().taskrun()
     }
 

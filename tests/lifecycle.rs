@@ -631,7 +631,6 @@ fn a_thousand_exports_leave_nothing() {
         let start = Instant::now();
         (0..1000).for_each(round);
         eprintln!("1000 exports took {:?}", start.elapsed());
-        // A thread that was joined stays in the list for another moment.
         eventually("nothing is left", || Belongings::now() == before);
         let more = resident_kib().saturating_sub(resident);
         assert!(more < 2048, "{more} KiB more resident");

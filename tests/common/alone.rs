@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -46,16 +47,32 @@ impl Belongings {
         // Other processes mount too; ours lie in temporary directories.
         let ours = format!("/.blkfuse-test-{}-", std::process::id());
         Self {
-            threads: fs::read_dir("/proc/self/task").unwrap().count(),
+            threads: fs::read_dir("/proc/self/task")
+                .unwrap()
+                .filter(|task| !is_ending(&task.as_ref().unwrap().path()))
+                .count(),
             descriptors,
             mounts: mounts.lines().filter(|line| line.contains(&ours)).count(),
         }
     }
 }
 
+/// Whether a thread is past its last instruction: one that was joined stays in
+/// the list for another moment.
+fn is_ending(task: &Path) -> bool {
+    /// `PF_EXITING` of the kernel's `struct task_struct`.
+    const EXITING: u64 = 4;
+    let Ok(stat) = fs::read_to_string(task.join("stat")) else {
+        return true;
+    };
+    // Its name, which may contain anything, ends with the last parenthesis.
+    let (_, fields) = stat.rsplit_once(')').unwrap();
+    let flags: u64 = fields.split_whitespace().nth(6).unwrap().parse().unwrap();
+    flags & EXITING != 0
+}
+
 impl Belongings {
-    /// Waits until the process has these and nothing else. (A thread that was
-    /// joined stays in the list for another moment.)
+    /// Waits until the process has these and nothing else.
     pub fn are_all(&self) {
         let end = Instant::now() + common::SOON;
         loop {
