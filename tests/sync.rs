@@ -1,5 +1,7 @@
 //! fsync, fdatasync and close reach the driver's flush and tell its failure.
 
+#[path = "common/alone.rs"]
+mod alone;
 mod common;
 
 use std::fs::File;
@@ -7,6 +9,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering::SeqCst;
 
+use alone::alone;
 use common::client::{close, errno};
 use common::{Call, Mounted, for_queues};
 
@@ -94,13 +97,15 @@ fn an_fsync_through_a_reader_flushes_too() {
 /// A duplicate's close is a close, too.
 #[test]
 fn every_close_of_a_shared_descriptor_flushes() {
-    for_queues(|queues| {
-        let m = Mounted::fixed(10_000, queues);
-        let file = m.open(true);
-        for n in 1..4 {
-            close(file.try_clone().unwrap()).unwrap();
-            assert_eq!(m.driver.flushes.load(SeqCst), n);
-        }
+    alone("every_close_of_a_shared_descriptor_flushes", || {
+        for_queues(|queues| {
+            let m = Mounted::fixed(10_000, queues);
+            let file = m.open(true);
+            for n in 1..4 {
+                close(file.try_clone().unwrap()).unwrap();
+                assert_eq!(m.driver.flushes.load(SeqCst), n);
+            }
+        });
     });
 }
 

@@ -1,6 +1,8 @@
 //! Writing: every offset and length, every way of writing; the fixed end; a
 //! read-only file.
 
+#[path = "common/alone.rs"]
+mod alone;
 mod common;
 
 use std::ffi::CString;
@@ -12,6 +14,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::SystemTime;
 
+use alone::alone;
 use common::client::{aio_read, aio_write, errno, fallocate, size};
 use common::sparse::{BLOCK, Exported, Sparse};
 use common::{Call, Mounted, for_queues, pattern};
@@ -139,44 +142,46 @@ fn changes(m: &Mounted) -> Vec<Call> {
 
 #[test]
 fn a_synchronous_write_is_flushed_before_it_returns() {
-    for_queues(|queues| {
-        let m = Mounted::fixed(LEN, queues);
-        for flags in [
-            libc::O_SYNC,
-            libc::O_DSYNC,
-            libc::O_SYNC | libc::O_DIRECT,
-            libc::O_DSYNC | libc::O_DIRECT,
-        ] {
-            let file = m.open_with(true, flags);
-            changes(&m);
-            file.write_all_at(b"sync", 4096).unwrap();
-            assert_eq!(changes(&m), [Call::Write, Call::Flush], "{flags:#o}");
-            assert_eq!(aio_write(&file, &[(8192, b"more")]), [4]);
-            assert_eq!(changes(&m), [Call::Write, Call::Flush], "{flags:#o}");
+    alone("a_synchronous_write_is_flushed_before_it_returns", || {
+        for_queues(|queues| {
+            let m = Mounted::fixed(LEN, queues);
+            for flags in [
+                libc::O_SYNC,
+                libc::O_DSYNC,
+                libc::O_SYNC | libc::O_DIRECT,
+                libc::O_DSYNC | libc::O_DIRECT,
+            ] {
+                let file = m.open_with(true, flags);
+                changes(&m);
+                file.write_all_at(b"sync", 4096).unwrap();
+                assert_eq!(changes(&m), [Call::Write, Call::Flush], "{flags:#o}");
+                assert_eq!(aio_write(&file, &[(8192, b"more")]), [4]);
+                assert_eq!(changes(&m), [Call::Write, Call::Flush], "{flags:#o}");
 
-            m.driver.fail_if(|call, _, _| {
-                (call == Call::Flush).then(|| io::Error::from_raw_os_error(libc::EIO))
-            });
-            assert_eq!(errno(file.write_all_at(b"sync", 0)), libc::EIO);
-            m.driver.fail_never();
-        }
-        let file = m.open(true);
-        changes(&m);
-        file.write_all_at(b"lazy", 4096).unwrap();
-        assert_eq!(changes(&m), [Call::Write], "nobody asked for a flush");
-        let slices = [IoSlice::new(b"one write of many")];
-        // SAFETY: the slices live; the flag asks for O_DSYNC of this write.
-        let n = unsafe {
-            libc::pwritev2(
-                file.as_raw_fd(),
-                slices.as_ptr().cast(),
-                1,
-                0,
-                libc::RWF_DSYNC,
-            )
-        };
-        assert_eq!(n, 17);
-        assert_eq!(changes(&m), [Call::Write, Call::Flush]);
+                m.driver.fail_if(|call, _, _| {
+                    (call == Call::Flush).then(|| io::Error::from_raw_os_error(libc::EIO))
+                });
+                assert_eq!(errno(file.write_all_at(b"sync", 0)), libc::EIO);
+                m.driver.fail_never();
+            }
+            let file = m.open(true);
+            changes(&m);
+            file.write_all_at(b"lazy", 4096).unwrap();
+            assert_eq!(changes(&m), [Call::Write], "nobody asked for a flush");
+            let slices = [IoSlice::new(b"one write of many")];
+            // SAFETY: the slices live; the flag asks for O_DSYNC of this write.
+            let n = unsafe {
+                libc::pwritev2(
+                    file.as_raw_fd(),
+                    slices.as_ptr().cast(),
+                    1,
+                    0,
+                    libc::RWF_DSYNC,
+                )
+            };
+            assert_eq!(n, 17);
+            assert_eq!(changes(&m), [Call::Write, Call::Flush]);
+        });
     });
 }
 

@@ -1,4 +1,6 @@
-//! Tests that count what their process has, and so run in one of their own.
+//! Tests that run in a process of their own: they count what it has, or are
+//! disturbed if another test starts an export beside them over io_uring (that
+//! forks, and a forked child's closing of a file is a close like any other).
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::fs;
@@ -9,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::common;
 
-/// Runs `test` in a process of its own, where it may count what there is.
+/// Runs `test` in a process of its own.
 pub fn alone(name: &str, test: impl FnOnce()) {
     if std::env::var_os("BLKFUSE_TEST_ALONE").is_some() {
         return test();
