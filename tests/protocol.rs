@@ -402,14 +402,21 @@ fn a_message_that_lies_about_its_length_halts() {
             // Nobody serves this one; it may be refused.
             let _ = kernel.send_bytes(&message(READ, 8, &io_body(0, 512)));
             served.driver.release();
-            let mut answer = kernel.answer();
-            if answer.unique == 8 {
-                assert_eq!(answer.error, libc::ENOTCONN);
-                answer = kernel.answer();
+            let mut answers: Vec<_> = std::iter::from_fn(|| kernel.receive()).collect();
+            answers.sort_by_key(|answer| answer.unique);
+            let data = pattern(0, BLOCK);
+            assert_eq!(
+                answers[0],
+                Answer {
+                    unique: 4,
+                    error: 0,
+                    data
+                }
+            );
+            for refused in &answers[1..] {
+                assert_eq!((refused.unique, refused.error), (8, libc::ENOTCONN));
             }
-            assert_eq!((answer.unique, answer.error), (4, 0));
-            assert_eq!(answer.data, pattern(0, BLOCK));
-            kernel.assert_closed();
+            assert!(answers.len() <= 2, "{answers:?}");
             assert_eq!(served.driver.count.load(SeqCst), calls);
             assert_eq!(served.halted(), 1);
             let failure = served.export.as_ref().unwrap().failure().unwrap();

@@ -122,8 +122,10 @@ fn forget_other_mounts() {
 fn user_directory() -> User {
     let s = Scratch::new();
     let program = s.join("blkfused");
-    fs::copy(env!("CARGO_BIN_EXE_blkfused"), &program).unwrap();
-    fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    // By a process that does nothing else: a program that is open for writing,
+    // if only in a child that another test forks, cannot be run.
+    let original = env!("CARGO_BIN_EXE_blkfused");
+    run("install", args!["-m", "755", original, program]);
     chown(s.path(), Some(NOBODY), Some(NOBODY)).unwrap();
     let prepared = s.mountpoint("prepared");
     User {
