@@ -21,6 +21,7 @@ use nix::sys::uio::writev;
 use nix::unistd::{read, write};
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::calm::{self, Calm};
 use crate::error::{Error, Result};
 use crate::forward::Port;
 use crate::jobring::JobRing;
@@ -109,11 +110,7 @@ impl Init {
     }
 
     fn reply(&self, device: BorrowedFd<'_>, reply: &InitReply) -> Result<()> {
-        let out = OutHeader {
-            len: (size_of::<OutHeader>() + reply.bytes().len()) as u32,
-            error: 0,
-            unique: self.unique,
-        };
+        let out = OutHeader::new(self.unique, 0, reply.bytes().len());
         let parts = [IoSlice::new(out.as_bytes()), IoSlice::new(reply.bytes())];
         writev(device, &parts)
             .map(drop)
@@ -121,11 +118,7 @@ impl Init {
     }
 
     fn refuse(&self, device: BorrowedFd<'_>) -> nix::Result<usize> {
-        let out = OutHeader {
-            len: size_of::<OutHeader>() as u32,
-            error: -libc::EPROTO,
-            unique: self.unique,
-        };
+        let out = OutHeader::new(self.unique, -libc::EPROTO, 0);
         writev(device, &[IoSlice::new(out.as_bytes())])
     }
 }
@@ -185,11 +178,7 @@ fn failed(what: &str, errno: Errno) -> Error {
 
 /// Tells the kernel something that it did not ask for.
 fn notify(device: BorrowedFd<'_>, code: i32, body: &[u8]) -> nix::Result<()> {
-    let out = OutHeader {
-        len: (size_of::<OutHeader>() + body.len()) as u32,
-        error: code,
-        unique: 0,
-    };
+    let out = OutHeader::new(0, code, body.len());
     let parts = [IoSlice::new(out.as_bytes()), IoSlice::new(body)];
     writev(device, &parts).map(drop)
 }
@@ -272,6 +261,7 @@ pub(crate) struct Legacy {
     found: Option<Fetched>,
     /// Whether its thread may run on more than one CPU.
     has_choice: bool,
+    calm: Calm,
     #[expect(clippy::vec_box, reason = "slots travel as boxes")]
     free: Vec<Box<Slot>>,
     made: usize,
@@ -306,6 +296,7 @@ impl Legacy {
             jobs: JobRing::Unmade,
             found: None,
             has_choice: SeatedThread::new().has_choice(),
+            calm: Calm::default(),
             free: Vec::with_capacity(SLOTS),
             made: 0,
             capacity: max_request.max(MIN_READ_BUFFER),
@@ -382,11 +373,7 @@ impl Legacy {
 
     /// Sends an error, or success with `len` bytes of the payload.
     fn send(&self, slot: &mut Slot, errno: i32, len: usize) -> Result<()> {
-        let out = OutHeader {
-            len: (size_of::<OutHeader>() + len) as u32,
-            error: -errno,
-            unique: slot.header.unique,
-        };
+        let out = OutHeader::new(slot.header.unique, -errno, len);
         let message = slot.outgoing(out.as_bytes(), len);
         loop {
             return match write(&*self.device, message) {
@@ -462,8 +449,16 @@ impl Transport for Legacy {
         self.found.take().unwrap_or_else(|| self.receive())
     }
 
-    fn may_poll(&self) -> bool {
-        self.watches && self.has_choice
+    fn may_poll(&mut self) -> bool {
+        if !self.watches || !self.has_choice {
+            return false;
+        }
+        let now = Instant::now();
+        let calm = self.calm.is_calm(now);
+        if calm {
+            self.calm.watch(now, calm::evictions);
+        }
+        calm
     }
 
     fn is_ready(&mut self) -> Result<bool> {

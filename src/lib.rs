@@ -67,6 +67,7 @@
 #[cfg(feature = "bench")]
 #[doc(hidden)]
 pub mod bench;
+mod calm;
 mod capi;
 mod config;
 mod control;

@@ -167,6 +167,18 @@ abi! {
     NotifyStoreOut { nodeid: u64, offset: u64, size: u32, padding: u32 }
 }
 
+impl OutHeader {
+    /// Of a message about the request `unique`, with `body` bytes behind it.
+    /// `error`: a negative errno, or 0; or a notification's code.
+    pub(crate) fn new(unique: u64, error: i32, body: usize) -> Self {
+        Self {
+            len: (size_of::<Self>() + body) as u32,
+            error,
+            unique,
+        }
+    }
+}
+
 /// Room for any operation's first argument, as in `fuse_uring_req_header`.
 pub(crate) const OPERATION_SIZE: usize = 128;
 

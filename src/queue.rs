@@ -179,7 +179,7 @@ impl<T: Transport> Queue<T> {
 
     /// Waits awake; whether there is something to do.
     fn poll(&mut self, since: Instant) -> bool {
-        if !self.transport.may_poll() || !self.polling.is_worth_it() {
+        if !self.polling.is_worth_it() || !self.transport.may_poll() {
             return false;
         }
         self.flush();

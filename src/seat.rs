@@ -57,6 +57,12 @@ impl SeatedThread {
     }
 }
 
+/// The number of a CPU that the calling thread may run on.
+pub(crate) fn some_cpu() -> usize {
+    let allowed = sched_getaffinity(THIS).unwrap_or_default();
+    cpus_of(&allowed).next().unwrap_or(0)
+}
+
 fn cpus_of(set: &CpuSet) -> impl Iterator<Item = usize> {
     (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false))
 }

@@ -14,7 +14,7 @@
 //! 5. be a client, in a process of its own, and see that its requests come
 //!    through a ring. If they do not, withdraw the promise and fall back to
 //!    /dev/fuse;
-//! 7. attach the mount.
+//! 6. attach the mount.
 
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -23,9 +23,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use nix::sched::sched_getaffinity;
 use nix::sys::signal::SigSet;
-use nix::unistd::Pid;
 
 use crate::config::{Config, IoUring};
 use crate::control::{Control, Latch, Owned, Phase};
@@ -41,6 +39,7 @@ use crate::passthrough::{self, Backing};
 use crate::plan::{Plan, Wish};
 use crate::protocol::{Agreement, Offer};
 use crate::queue::{BUDGET, Progress, Queue};
+use crate::seat;
 use crate::system::System;
 use crate::task::Tasks;
 use crate::transport::Transport;
@@ -78,15 +77,6 @@ pub(crate) fn start<D: BlockDriver>(
     config: Config,
     device: Option<OwnedFd>,
 ) -> Result<Export> {
-    start_on(&System::new(), driver, config, device)
-}
-
-fn start_on<D: BlockDriver>(
-    system: &System,
-    driver: D,
-    config: Config,
-    device: Option<OwnedFd>,
-) -> Result<Export> {
     let gone = Arc::new(Latch::default());
     let driver = Arc::new(Owned::new(driver, gone.clone()));
     config.check()?;
@@ -106,7 +96,7 @@ fn start_on<D: BlockDriver>(
         config: &config,
         queues,
     };
-    let mut plan = choice.plan(system)?;
+    let mut plan = choice.plan(&System::new())?;
     let mut connection = Connection::open(&config, device, plan.as_ref(), queues, backing)?;
     if backing.is_some() && !connection.agreement.passes_through() {
         return Err(named(&config, passthrough::not_offered()));
@@ -134,13 +124,14 @@ fn start_on<D: BlockDriver>(
         connection.device.clone(),
         queues,
     ));
-    let anchored_at = allowed_cpu();
+    let anchored_at = seat::some_cpu();
+    let slots = plan.as_ref().map_or(legacy::SLOTS, uring::slots);
     let wakeups = (0..queues)
-        .map(|_| Wakeups::new(plan.as_ref().map_or(legacy::SLOTS, uring::slots)).map(Arc::new))
+        .map(|_| Wakeups::new(slots).map(Arc::new))
         .collect::<nix::Result<Box<[_]>>>()
         .map_err(|e| Error::from_io("cannot make an eventfd", &e.into()))?;
     let share = plan.map(|plan| Arc::new(Share::new(plan, anchored_at, &wakeups)));
-    let threads = QueueThreads::start(&shared, &driver, share.as_ref(), wakeups)?;
+    let threads = QueueThreads::start(&shared, &driver, share.as_ref(), wakeups, slots)?;
     let began = Beginning {
         choice,
         threads: &threads,
@@ -282,17 +273,6 @@ impl Choice<'_> {
         log::info!("{}: over /dev/fuse: {why}", self.config.name());
         Ok(())
     }
-}
-
-/// The number of a CPU that this process may run on.
-fn allowed_cpu() -> usize {
-    let Ok(allowed) = sched_getaffinity(Pid::from_raw(0)) else {
-        return 0;
-    };
-    let is_allowed = |cpu: &usize| allowed.is_set(*cpu).unwrap_or(false);
-    (0..nix::sched::CpuSet::count())
-        .find(is_allowed)
-        .unwrap_or(0)
 }
 
 /// A connection whose INIT was read and is not answered.
@@ -501,13 +481,14 @@ struct QueueThreads {
 impl QueueThreads {
     /// Starts them, each with a ring if there is a `share`; they report when
     /// they have what they need. If one cannot be started, none is left.
+    /// `slots`: how many requests each may have in flight.
     fn start<D: BlockDriver>(
         shared: &Arc<Shared>,
         driver: &Arc<Owned<D>>,
         share: Option<&Arc<Share>>,
         wakeups: Box<[Arc<Wakeups>]>,
+        slots: usize,
     ) -> Result<Self> {
-        let slots = share.map_or(legacy::SLOTS, |share| uring::slots(&share.plan()));
         shared.control.set_queues(wakeups.clone());
         let mut threads = Self {
             shared: shared.clone(),

@@ -233,8 +233,6 @@ impl Prepared {
             queue: self.queue,
             share: self.share,
             wakeups,
-            // One is enough for what little still comes by /dev/fuse.
-            reads_device: self.queue == 0,
             device_is_ready: false,
             gone: false,
             ending: false,
@@ -265,7 +263,6 @@ pub(crate) struct Uring {
     /// How many requests have come by entries and were not answered.
     in_hand: usize,
     wakeups: Arc<Wakeups>,
-    reads_device: bool,
     device_is_ready: bool,
     /// The connection has ended.
     gone: bool,
@@ -276,7 +273,8 @@ pub(crate) struct Uring {
 impl Uring {
     fn register(&mut self, mut slots: Slots) -> Result<Option<Error>> {
         self.watch(mark::WAKE)?;
-        if self.reads_device {
+        // One is enough for what little still comes by /dev/fuse.
+        if self.queue == 0 {
             self.watch(mark::DEVICE)?;
         }
         let areas: Vec<_> = slots.iter_mut().map(|slot| areas(slot)).collect();
@@ -330,7 +328,7 @@ impl Uring {
         // SAFETY: the memory that was registered for the entry is that of the
         // slot in `in_kernel`, which nobody touches until the completion takes
         // it out, or until the ring has been dropped. What `addr` points to is
-        // only read when the command is submitted; `register_all` keeps it
+        // only read when the command is submitted, and `register` keeps it
         // until then. The device is open as long as `legacy` is.
         unsafe { self.ring.push_command(&command, mark) }.map_err(|e| failed("submit", &e))
     }
@@ -412,7 +410,7 @@ impl Uring {
         let exchange = &self.share.exchange;
         exchange.count(self.queue, self.in_hand, ring.kernel_queue.into(), bytes);
         if self.clock.tick() {
-            exchange.review();
+            exchange.review(self.queue);
         }
     }
 
@@ -443,11 +441,7 @@ impl Uring {
             Reply::Error(errno) => (errno, 0),
             reply => (0, reply.payload_len()),
         };
-        let out = OutHeader {
-            len: (size_of::<OutHeader>() + len) as u32,
-            error: -errno,
-            unique: slot.header.unique,
-        };
+        let out = OutHeader::new(slot.header.unique, -errno, len);
         let front = slot.front_mut();
         front[..size_of::<OutHeader>()].copy_from_slice(out.as_bytes());
         let at = std::mem::offset_of!(EntryHeader, payload_len);
@@ -584,8 +578,7 @@ impl Transport for Uring {
         }
         self.count(&slot);
         let in_hand = self.in_hand;
-        // A slot that was refused for what it said was never in hand.
-        self.in_hand = in_hand.saturating_sub(1);
+        self.in_hand -= 1;
         let Some(slot) = self.share.anchor.keep(slot) else {
             return Ok(());
         };
@@ -603,7 +596,7 @@ impl Transport for Uring {
         Ok(())
     }
 
-    fn may_poll(&self) -> bool {
+    fn may_poll(&mut self) -> bool {
         self.seat.has_choice() && self.placement.may_poll(self.queue)
     }
 

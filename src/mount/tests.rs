@@ -814,11 +814,8 @@ fn receive(device: BorrowedFd<'_>) -> InHeader {
 
 fn answer(device: BorrowedFd<'_>, request: &InHeader, result: std::result::Result<&[u8], i32>) {
     let body = result.unwrap_or_default();
-    let header = OutHeader {
-        len: (size_of::<OutHeader>() + body.len()) as u32,
-        error: result.err().map_or(0, |errno| -errno),
-        unique: request.unique,
-    };
+    let error = result.err().map_or(0, |errno| -errno);
+    let header = OutHeader::new(request.unique, error, body.len());
     nix::unistd::write(device, &[header.as_bytes(), body].concat()).unwrap();
 }
 
