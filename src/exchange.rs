@@ -10,12 +10,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::time::Instant;
 
 use crossbeam_utils::CachePadded;
 use parking_lot::Mutex;
 
-use crate::calm::{self, Calm};
 use crate::placement::{Placement, Traffic, near};
 use crate::slot::Slot;
 use crate::wakeups::Wakeups;
@@ -66,7 +64,6 @@ struct Review {
     /// What the last looks have favoured, and how many.
     favoured: Placement,
     looks: u32,
-    calm: Calm,
 }
 
 impl Exchange {
@@ -91,7 +88,6 @@ impl Exchange {
                 traffic: Traffic::none(cpus),
                 favoured: Placement::Wide,
                 looks: 0,
-                calm: Calm::default(),
             }),
             changes: CachePadded::default(),
         }
@@ -202,25 +198,15 @@ impl Exchange {
         all
     }
 
-    /// Has `queue` look at the traffic since the last look, unless another
-    /// does. Its own thread's call.
-    pub(crate) fn review(&self, queue: usize) {
+    /// Looks at the traffic since the last look, unless somebody does.
+    pub(crate) fn review(&self) {
         let Some(mut review) = self.review.try_lock() else {
             return;
         };
-        let now = Instant::now();
-        let calm = review.calm.is_calm(now);
         let traffic = self.traffic();
         let since = traffic.since(&review.traffic);
         review.traffic = traffic;
-        let favoured = review.placement.next(&since, self.queues(), calm);
-        // On the CPU of its own client nobody is calm; that is for the
-        // arrangement to mend.
-        if favoured == review.placement && favoured.may_poll(queue) {
-            review.calm.watch(now, calm::evictions);
-        } else {
-            review.calm.look_away();
-        }
+        let favoured = review.placement.next(&since, self.queues());
         if review.convinced_of(favoured) {
             log::debug!("io_uring: now {favoured:?}, for {since:?}");
             review.placement = favoured;
@@ -237,8 +223,7 @@ impl Review {
             self.looks = 0;
         }
         self.looks += 1;
-        favoured != self.placement
-            && (self.looks >= CONVINCING || favoured.follows_client_of(self.placement))
+        self.looks >= CONVINCING && favoured != self.placement
     }
 }
 
@@ -304,13 +289,13 @@ mod tests {
             assert_eq!(exchange.changes(), 0, "before look {look}");
             exchange.count(0, 2, 0, 4096);
             exchange.count(1, 2, 1, 4096);
-            exchange.review(0);
+            exchange.review();
         }
         assert_eq!(exchange.placement(), Placement::Near);
         assert_eq!(exchange.changes(), 1);
         // One client for a moment changes nothing.
         exchange.count(0, 2, 0, 4096);
-        exchange.review(0);
+        exchange.review();
         assert_eq!(exchange.placement(), Placement::Near);
     }
 }

@@ -21,7 +21,6 @@ use nix::sys::uio::writev;
 use nix::unistd::{read, write};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::calm::{self, Calm};
 use crate::error::{Error, Result};
 use crate::forward::Port;
 use crate::jobring::JobRing;
@@ -261,7 +260,6 @@ pub(crate) struct Legacy {
     found: Option<Fetched>,
     /// Whether its thread may run on more than one CPU.
     has_choice: bool,
-    calm: Calm,
     #[expect(clippy::vec_box, reason = "slots travel as boxes")]
     free: Vec<Box<Slot>>,
     made: usize,
@@ -296,7 +294,6 @@ impl Legacy {
             jobs: JobRing::Unmade,
             found: None,
             has_choice: SeatedThread::new().has_choice(),
-            calm: Calm::default(),
             free: Vec::with_capacity(SLOTS),
             made: 0,
             capacity: max_request.max(MIN_READ_BUFFER),
@@ -449,16 +446,8 @@ impl Transport for Legacy {
         self.found.take().unwrap_or_else(|| self.receive())
     }
 
-    fn may_poll(&mut self) -> bool {
-        if !self.watches || !self.has_choice {
-            return false;
-        }
-        let now = Instant::now();
-        let calm = self.calm.is_calm(now);
-        if calm {
-            self.calm.watch(now, calm::evictions);
-        }
-        calm
+    fn may_poll(&self) -> bool {
+        self.watches && self.has_choice
     }
 
     fn is_ready(&mut self) -> Result<bool> {

@@ -67,7 +67,6 @@
 #[cfg(feature = "bench")]
 #[doc(hidden)]
 pub mod bench;
-mod calm;
 mod capi;
 mod config;
 mod control;

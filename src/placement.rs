@@ -5,16 +5,13 @@
 //! ring gets the entry's next request, so who serves whom can be changed with
 //! every answer (exchange.rs). No single arrangement is good for everybody:
 //!
-//! * **One request at a time.** That is all about wake-ups: to wake a thread on
-//!   another CPU takes 45 us, one on the same CPU 6, and one that is awake no
-//!   time. So one queue serves alone and waits awake, on another CPU than the
-//!   client's. (The scheduler moves a client that is woken to any CPU that is
-//!   idle, so a second one that waits awake would get it as often as not.) If
-//!   that takes the CPU from somebody, each queue serves the CPUs that it may
-//!   run on, asleep: then client and server share one.
+//! * **One request at a time.** That is all about wake-ups. Where client and
+//!   server share a CPU the one is woken as the other goes to sleep, in 6 us;
+//!   across CPUs it takes 45. So each queue serves the CPUs that it may run on,
+//!   and waits awake there for its client to have had its turn (polling.rs).
 //! * **One client with many requests.** Two threads would take them in turns,
 //!   one of them on the client's own CPU, which has enough to do. So one queue
-//!   serves it alone, from any other CPU, awake if that disturbs nobody.
+//!   serves it alone, from any other CPU, and may wait awake.
 //! * **Several clients.** Every CPU is taken. Each queue serves the CPUs that it
 //!   may run on, in between its clients' turns: no request crosses CPUs, and
 //!   what a client leaves behind is still in the cache.
@@ -31,12 +28,8 @@ pub(crate) enum Placement {
     /// Every queue serves every CPU; a queue with nothing to do is given some
     /// of another's entries.
     Wide,
-    /// One queue serves all, away from the CPU of its client; it may wait awake.
-    Solo {
-        queue: usize,
-        client: usize,
-        awake: bool,
-    },
+    /// One queue serves all, away from the CPU of its client.
+    Solo { queue: usize, client: usize },
     /// Each queue serves some CPUs, and runs there.
     Near,
 }
@@ -93,9 +86,8 @@ pub(crate) fn near(cpu: usize, cpus: usize, queues: usize) -> usize {
 }
 
 impl Placement {
-    /// What suits the traffic of a while. `self` is what there is. `calm`: who
-    /// waits awake disturbs nobody.
-    pub(crate) fn next(self, traffic: &Traffic, queues: usize, calm: bool) -> Self {
+    /// What suits the traffic of a while. `self` is what there is.
+    pub(crate) fn next(self, traffic: &Traffic, queues: usize) -> Self {
         let requests = &traffic.requests;
         let all: u64 = requests.iter().sum();
         if all == 0 {
@@ -104,21 +96,18 @@ impl Placement {
         if traffic.bytes / all >= LARGE {
             return Placement::Wide;
         }
-        let client = (0..requests.len()).max_by_key(|cpu| requests[*cpu]);
-        let client = client.unwrap_or(0);
-        let alone = if is_most(traffic.lone, all) {
-            calm
-        } else {
-            is_most(requests[client], all)
-        };
-        if !alone {
+        if is_most(traffic.lone, all) {
             return Placement::Near;
         }
-        Placement::Solo {
-            queue: self.soloist(client, requests.len(), queues),
-            client,
-            awake: calm,
+        let client = (0..requests.len()).max_by_key(|cpu| requests[*cpu]);
+        let client = client.unwrap_or(0);
+        if is_most(requests[client], all) {
+            return Placement::Solo {
+                queue: self.soloist(client, requests.len(), queues),
+                client,
+            };
         }
+        Placement::Near
     }
 
     /// Whoever serves alone goes on with that; else one that has not been
@@ -130,44 +119,24 @@ impl Placement {
         }
     }
 
-    /// Whether it differs from `other` only in where the client is.
-    pub(crate) fn follows_client_of(self, other: Self) -> bool {
-        match (self, other) {
-            (
-                Placement::Solo { queue, awake, .. },
-                Placement::Solo {
-                    queue: before,
-                    awake: was_awake,
-                    ..
-                },
-            ) => (queue, awake) == (before, was_awake),
-            _ => false,
-        }
-    }
-
     /// Where `queue`'s thread is to run.
     pub(crate) fn seat(self, queue: usize) -> Seat {
         match self {
             Placement::Solo {
                 queue: soloist,
                 client,
-                ..
             } if soloist == queue => Seat::Beside(client),
             Placement::Near => Seat::Among,
             Placement::Solo { .. } | Placement::Wide => Seat::Anywhere,
         }
     }
 
-    /// Whether `queue` may wait for requests without sleeping: only where no
-    /// client needs the CPU.
+    /// Whether `queue` may wait for requests without sleeping.
     pub(crate) fn may_poll(self, queue: usize) -> bool {
         match self {
-            Placement::Solo {
-                queue: soloist,
-                awake,
-                ..
-            } => awake && soloist == queue,
-            Placement::Near | Placement::Wide => false,
+            Placement::Solo { queue: soloist, .. } => soloist == queue,
+            Placement::Near => true,
+            Placement::Wide => false,
         }
     }
 }
@@ -184,68 +153,72 @@ mod tests {
         }
     }
 
-    fn solo(queue: usize, client: usize, awake: bool) -> Placement {
-        Placement::Solo {
-            queue,
-            client,
-            awake,
-        }
-    }
-
     #[test]
     fn one_client_is_served_by_one_queue_from_another_cpu() {
-        let placed = Placement::Wide.next(&traffic(&[100, 3], 4096), 2, true);
-        assert_eq!(placed, solo(1, 0, true));
+        let placed = Placement::Wide.next(&traffic(&[100, 3], 4096), 2);
+        assert_eq!(
+            placed,
+            Placement::Solo {
+                queue: 1,
+                client: 0
+            }
+        );
         assert_eq!(placed.seat(1), Seat::Beside(0));
         assert_eq!(placed.seat(0), Seat::Anywhere);
         assert!(placed.may_poll(1) && !placed.may_poll(0));
         // It may move, and keeps its queue.
-        let moved = placed.next(&traffic(&[3, 100], 4096), 2, true);
-        assert_eq!(moved, solo(1, 1, true));
-        // Somebody else needs the CPU.
-        let asleep = moved.next(&traffic(&[3, 100], 4096), 2, false);
-        assert_eq!(asleep, solo(1, 1, false));
-        assert!(!asleep.may_poll(1));
+        let moved = placed.next(&traffic(&[3, 100], 4096), 2);
+        assert_eq!(
+            moved,
+            Placement::Solo {
+                queue: 1,
+                client: 1
+            }
+        );
     }
 
     #[test]
     fn clients_on_several_cpus_are_served_there() {
-        for calm in [false, true] {
-            let placed = Placement::Wide.next(&traffic(&[60, 40], 4096), 2, calm);
-            assert_eq!(placed, Placement::Near);
-            assert_eq!(placed.seat(1), Seat::Among);
-            assert!((0..2).all(|queue| !placed.may_poll(queue)));
-        }
+        let placed = Placement::Wide.next(&traffic(&[60, 40], 4096), 2);
+        assert_eq!(placed, Placement::Near);
+        assert_eq!(placed.seat(1), Seat::Among);
+        assert!((0..2).all(|queue| placed.may_poll(queue)));
         let served: Vec<_> = (0..8).map(|cpu| near(cpu, 8, 3)).collect();
         assert_eq!(served, [0, 0, 0, 1, 1, 1, 2, 2]);
         assert_eq!(near(1, 2, 4), 2);
     }
 
     #[test]
-    fn one_request_at_a_time_is_awaited_awake_or_served_where_its_client_is() {
-        // A client that is moved to and fro.
-        let mut lonely = traffic(&[50, 49], 4096);
-        lonely.lone = 99;
-        let placed = Placement::Wide.next(&lonely, 2, true);
-        assert_eq!(placed, solo(1, 0, true));
-        assert_eq!(placed.next(&lonely, 2, false), Placement::Near);
+    fn one_request_at_a_time_is_served_where_its_client_is() {
+        let mut lonely = traffic(&[100, 0], 4096);
+        lonely.lone = 100;
+        let placed = Placement::Wide.next(&lonely, 2);
+        assert_eq!(placed, Placement::Near);
     }
 
     #[test]
     fn large_requests_are_for_everybody() {
-        let placed = Placement::Near.next(&traffic(&[100, 0], 1 << 20), 2, true);
+        let placed = Placement::Near.next(&traffic(&[100, 0], 1 << 20), 2);
         assert_eq!(placed, Placement::Wide);
         assert_eq!(placed.seat(0), Seat::Anywhere);
+        assert!(!placed.may_poll(0));
     }
 
     #[test]
     fn without_requests_nothing_changes() {
-        assert_eq!(
-            solo(1, 0, true).next(&Traffic::none(2), 2, false),
-            solo(1, 0, true)
-        );
+        let solo = Placement::Solo {
+            queue: 1,
+            client: 0,
+        };
+        assert_eq!(solo.next(&Traffic::none(2), 2), solo);
         // A single queue is always right.
-        let placed = Placement::Wide.next(&traffic(&[0, 9], 4096), 1, true);
-        assert_eq!(placed, solo(0, 1, true));
+        let placed = Placement::Wide.next(&traffic(&[0, 9], 4096), 1);
+        assert_eq!(
+            placed,
+            Placement::Solo {
+                queue: 0,
+                client: 1
+            }
+        );
     }
 }

@@ -6,7 +6,14 @@
 //! upon each other and looking for them has lately been of use, and never for
 //! more than [`LONGEST`]. After one pause it sleeps at once, so an idle export
 //! uses no CPU.
+//!
+//! Between two looks it offers its CPU to whoever else could run there, be it
+//! another process or the very client that it waits for. So it uses only what
+//! would be left over; but it keeps the CPU from idling, and that is most of
+//! what there is to gain: to leave idle takes a virtual CPU tens of
+//! microseconds.
 
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// The longest wait awake. Requests at depth 1 come some 10 us apart; beyond
@@ -17,7 +24,8 @@ const LONGEST: Duration = Duration::from_micros(50);
 const CLOSE: Duration = Duration::from_micros(120);
 /// What any longer wait counts as, so that a pause is soon forgotten.
 const PAUSE: Duration = Duration::from_millis(1);
-/// A look that takes so long has shared its CPU with somebody.
+/// If so long lies between two looks, somebody else has had the CPU, and it
+/// was not whom we wait for.
 const DISTURBED: Duration = Duration::from_micros(30);
 /// Of how many waits the usual one is the average.
 const MEMORY: u32 = 8;
@@ -81,12 +89,12 @@ fn watch(since: Instant, mut is_there: impl FnMut() -> bool) -> bool {
         if is_there() {
             return true;
         }
-        std::hint::spin_loop();
         let now = Instant::now();
         if now - last > DISTURBED || now - since > LONGEST {
             return false;
         }
         last = now;
+        thread::yield_now();
     }
 }
 

@@ -55,7 +55,7 @@ pub(crate) trait Transport {
     fn want_requests(&mut self, wanted: bool) -> Result<(), Error>;
 
     /// Whether to wait awake may pay.
-    fn may_poll(&mut self) -> bool {
+    fn may_poll(&self) -> bool {
         false
     }
 
@@ -99,7 +99,7 @@ impl Transport for Box<dyn Transport> {
     fn want_requests(&mut self, wanted: bool) -> Result<(), Error> {
         (**self).want_requests(wanted)
     }
-    fn may_poll(&mut self) -> bool {
+    fn may_poll(&self) -> bool {
         (**self).may_poll()
     }
     fn is_ready(&mut self) -> Result<bool, Error> {

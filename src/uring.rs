@@ -410,7 +410,7 @@ impl Uring {
         let exchange = &self.share.exchange;
         exchange.count(self.queue, self.in_hand, ring.kernel_queue.into(), bytes);
         if self.clock.tick() {
-            exchange.review(self.queue);
+            exchange.review();
         }
     }
 
@@ -596,7 +596,7 @@ impl Transport for Uring {
         Ok(())
     }
 
-    fn may_poll(&mut self) -> bool {
+    fn may_poll(&self) -> bool {
         self.seat.has_choice() && self.placement.may_poll(self.queue)
     }
 
