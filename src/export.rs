@@ -407,10 +407,14 @@ impl Export {
         let mut threads = std::mem::take(&mut self.threads);
         let ending = self.shared.ending.clone();
         let gone = self.gone.clone();
+        let stats = self.shared.stats.clone();
         drop(self);
         if !gone.wait(deadline) {
-            let text = format!("{name}: the driver has not completed every request");
-            return Err(Error::new(libc::ETIMEDOUT, text));
+            let what = match stats.sum().in_flight {
+                0 => "it is still being unmounted, or the driver dropped",
+                _ => "the driver has not completed every request",
+            };
+            return Err(Error::new(libc::ETIMEDOUT, format!("{name}: {what}")));
         }
         threads.append(&mut ending.take_threads());
         join(threads);

@@ -60,20 +60,23 @@ impl JobRing {
     }
 }
 
-fn carry(ring: &mut Ring, port: &Port) -> io::Result<()> {
-    let mut queued = false;
+/// Queues the jobs that wait at the port, each with a `mark` for its number.
+pub(crate) fn begin(ring: &mut Ring, port: &Port, mark: impl Fn(usize) -> u64) {
     while let Some(job) = port.take() {
-        let entry = job.entry().user_data(job.id as u64).into();
+        let entry = job.entry().user_data(mark(job.id)).into();
         // SAFETY: the memory of a job is valid, and nobody else's, until it is
         // reported done; and its descriptor is open while its future waits.
-        match unsafe { ring.push(&entry) } {
-            Ok(()) => queued = true,
+        if unsafe { ring.push(&entry) }.is_err() {
             // The kernel has no memory for it now.
-            Err(_) => port.done(job.id, job.run()),
+            port.done(job.id, job.run());
         }
     }
+}
+
+fn carry(ring: &mut Ring, port: &Port) -> io::Result<()> {
+    begin(ring, port, |job| job as u64);
     report(ring, port);
-    if queued || ring.has_news() {
+    if ring.is_unsubmitted() || ring.has_news() {
         ring.submit()?;
         report(ring, port);
     }

@@ -46,8 +46,14 @@
 //!                          transport  <-  slot  <-  reply   <--------------------+
 //! ```
 //!
+//! Over io_uring (uring.rs, on a ring.rs) in place of /dev/fuse the way is the
+//! same; start.rs says in which order the kernel is brought to that.
+//!
 //! A *queue* (queue.rs) owns a transport and a task (task.rs) for each of its
-//! slots; a thread of the library's runs it. The *export* (export.rs) is the
+//! slots; a thread of the library's runs it, which waits awake where that pays
+//! (polling.rs). Over io_uring the queues hand each other the kernel's entries
+//! (exchange.rs), so that each serves whom it serves best (placement.rs), from
+//! the right CPU (seat.rs). The *export* (export.rs) is the
 //! life around the queues: mounting (mount.rs), the drain and the phases of
 //! life (control.rs, gate.rs), the file's attributes (file.rs), its end
 //! (ending.rs). Data move once: the driver reads into and writes out of the

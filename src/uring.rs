@@ -41,6 +41,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use crate::error::{Error, Result};
 use crate::exchange::{Exchange, ReviewClock};
 use crate::forward::Port;
+use crate::jobring;
 use crate::legacy::{self, Legacy};
 use crate::placement::{Placement, near};
 use crate::plan::Plan;
@@ -617,16 +618,9 @@ impl Transport for Uring {
         for (job, result) in self.jobs_done.drain(..) {
             port.done(job, result);
         }
-        while let Some(job) = port.take() {
-            let mark = (job.id as u64) << mark::BITS | mark::JOB;
-            let entry = job.entry().user_data(mark);
-            // SAFETY: who left the job at the port has promised that what it
-            // speaks of stays valid until it is reported as done.
-            if unsafe { self.ring.push(&entry.into()) }.is_err() {
-                // The kernel has no memory for it now.
-                port.done(job.id, job.run());
-            }
-        }
+        jobring::begin(&mut self.ring, port, |job| {
+            (job as u64) << mark::BITS | mark::JOB
+        });
         self.flush()
     }
 
