@@ -11,7 +11,9 @@
 //! another process or the very client that it waits for. So it uses only what
 //! would be left over; but it keeps the CPU from idling, and that is most of
 //! what there is to gain: to leave idle takes a virtual CPU tens of
-//! microseconds.
+//! microseconds. Where others do need the CPU all the time, though, who offers
+//! it gets it back milliseconds later, while a thread that is woken gets it at
+//! once. So that, too, is learnt, and tried again ever more seldom.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -24,24 +26,44 @@ const LONGEST: Duration = Duration::from_micros(50);
 const CLOSE: Duration = Duration::from_micros(120);
 /// What any longer wait counts as, so that a pause is soon forgotten.
 const PAUSE: Duration = Duration::from_millis(1);
-/// If so long lies between two looks, somebody else has had the CPU, and it
-/// was not whom we wait for.
+/// Between two looks: who was let run on this CPU keeps it, and there is more
+/// waiting for it than is won.
+const LOST: Duration = Duration::from_micros(500);
+/// If so long lies between two looks, and there is nothing, somebody else has
+/// had the CPU than whom we wait for.
 const DISTURBED: Duration = Duration::from_micros(30);
 /// Of how many waits the usual one is the average.
 const MEMORY: u32 = 8;
 /// How many looks in vain there may be before they end.
 const PATIENCE: u32 = 4;
-/// After how many waits asleep looking is tried again.
+/// After how many waits asleep looking is tried again, at least and at most.
 const RETRY: u32 = 64;
+const LAST_RETRY: u32 = 1 << 14;
+/// After how many waits awake it is forgotten that the CPU was once lost.
+const FORGETTING: u32 = 256;
 
 /// What one queue has learnt of its waits.
 #[derive(Debug)]
 pub(crate) struct Polling {
     usual: Duration,
-    /// How many looks in a row were in vain.
+    /// How many looks in a row were in vain, and how many were not.
     in_vain: u32,
+    of_use: u32,
     /// How many waits asleep there are to be yet.
     asleep: u32,
+    /// How many there will be if the CPU is lost.
+    pause: u32,
+}
+
+/// What came of a look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Look {
+    Found,
+    InVain,
+    /// Whether there is something or not: the CPU was somebody else's.
+    Lost {
+        found: bool,
+    },
 }
 
 impl Default for Polling {
@@ -49,7 +71,9 @@ impl Default for Polling {
         Self {
             usual: PAUSE,
             in_vain: 0,
+            of_use: 0,
             asleep: 0,
+            pause: RETRY,
         }
     }
 }
@@ -69,29 +93,51 @@ impl Polling {
     /// Looks until there is something, for as long as is sensible from `since`
     /// on. Returns whether there is.
     pub(crate) fn look(&mut self, since: Instant, is_there: impl FnMut() -> bool) -> bool {
-        let found = watch(since, is_there);
-        if found {
-            self.in_vain = 0;
-            return true;
+        let look = watch(since, is_there);
+        self.learn(look);
+        matches!(look, Look::Found | Look::Lost { found: true })
+    }
+
+    fn learn(&mut self, look: Look) {
+        match look {
+            Look::Found => {
+                self.in_vain = 0;
+                self.of_use += 1;
+                if self.of_use == FORGETTING {
+                    self.of_use = 0;
+                    self.pause = RETRY;
+                }
+            }
+            Look::InVain => {
+                self.of_use = 0;
+                self.in_vain += 1;
+                if self.in_vain >= PATIENCE {
+                    self.in_vain = 0;
+                    self.asleep = RETRY;
+                }
+            }
+            Look::Lost { .. } => {
+                self.of_use = 0;
+                self.asleep = self.pause;
+                self.pause = (self.pause * 4).min(LAST_RETRY);
+            }
         }
-        self.in_vain += 1;
-        if self.in_vain >= PATIENCE {
-            self.in_vain = 0;
-            self.asleep = RETRY;
-        }
-        false
     }
 }
 
-fn watch(since: Instant, mut is_there: impl FnMut() -> bool) -> bool {
+fn watch(since: Instant, mut is_there: impl FnMut() -> bool) -> Look {
     let mut last = since;
     loop {
-        if is_there() {
-            return true;
-        }
+        let found = is_there();
         let now = Instant::now();
+        if now - last > LOST {
+            return Look::Lost { found };
+        }
+        if found {
+            return Look::Found;
+        }
         if now - last > DISTURBED || now - since > LONGEST {
-            return false;
+            return Look::InVain;
         }
         last = now;
         thread::yield_now();
@@ -131,7 +177,7 @@ mod tests {
         let mut polling = used_to(NEAR);
         for look in 0..PATIENCE {
             assert!(polling.is_worth_it(), "look {look}");
-            assert!(!polling.look(Instant::now(), || false));
+            polling.learn(Look::InVain);
         }
         for _ in 0..RETRY {
             assert!(!polling.is_worth_it());
@@ -141,11 +187,38 @@ mod tests {
     }
 
     #[test]
-    fn looking_ends_with_what_is_looked_for() {
-        let mut looks = 0;
-        assert!(used_to(NEAR).look(Instant::now(), || {
-            looks += 1;
-            looks == 3
-        }));
+    fn a_lost_cpu_is_offered_ever_more_seldom() {
+        let mut polling = used_to(NEAR);
+        let mut asleep = 0;
+        for _ in 0..6 {
+            polling.learn(Look::Lost { found: true });
+            assert!(!polling.is_worth_it());
+            assert!(polling.asleep >= asleep);
+            asleep = polling.asleep;
+            for _ in 0..asleep {
+                polling.waited(NEAR);
+            }
+            assert!(polling.is_worth_it());
+        }
+        assert_eq!(asleep, LAST_RETRY);
+        for _ in 0..FORGETTING {
+            polling.learn(Look::Found);
+        }
+        polling.learn(Look::Lost { found: false });
+        assert_eq!(polling.asleep, RETRY);
+    }
+
+    #[test]
+    fn what_was_found_late_is_found() {
+        let late = Instant::now() - 2 * LOST;
+        assert_eq!(watch(late, || true), Look::Lost { found: true });
+        assert!(used_to(NEAR).look(late, || true));
+        assert!(!used_to(NEAR).look(late, || false));
+    }
+
+    #[test]
+    fn looking_ends_with_what_is_looked_for_or_in_time() {
+        assert!(used_to(NEAR).look(Instant::now(), || true));
+        assert!(!used_to(NEAR).look(Instant::now(), || false));
     }
 }
