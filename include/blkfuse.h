@@ -180,7 +180,8 @@ struct blkfuse_extent {
  * fail with -ENOTSUP.
  *
  * Any callback may call any function, except where that one says otherwise.
- * A callback must not unwind (C++ exceptions) or longjmp through the library.
+ * A callback must not longjmp through the library; one that unwinds through
+ * it (a C++ exception) ends the process.
  */
 struct blkfuse_driver_ops {
     /**

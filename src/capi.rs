@@ -26,7 +26,8 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::export::{Builder, Export, Stop};
 use crate::properties::{self, Value, View};
-use driver::{CDriver, blkfuse_driver_ops};
+pub use driver::CDriver;
+use driver::blkfuse_driver_ops;
 use error::{failed, guard, invalid};
 
 /// blkfuse_export_stop(): end requests that wait with an error at once, by
@@ -192,7 +193,7 @@ pub unsafe extern "C" fn blkfuse_export_create(
             return Err(invalid("the place for the export is NULL"));
         }
         // SAFETY: the caller's promise.
-        let driver = unsafe { CDriver::new(ops, opaque) }?;
+        let driver = unsafe { CDriver::new(ops.cast(), opaque) }?;
         let export = Box::new(blkfuse_export {
             driver,
             config: Mutex::new(Config::default()),

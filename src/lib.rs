@@ -113,6 +113,7 @@ mod transport;
 mod uring;
 mod wakeups;
 
+pub use capi::CDriver;
 pub use config::IoUring;
 pub use driver::{BlockDriver, Event, Extent, Features, Io, Limits, QueueInfo, ReadBuf};
 pub use error::{Error, Result};

@@ -1,6 +1,7 @@
 //! The table of C callbacks as a block driver.
 
 use std::ffi::{c_char, c_int, c_void};
+use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, OnceLock};
@@ -64,7 +65,8 @@ pub struct blkfuse_limits {
 /// fail with -ENOTSUP.
 ///
 /// Any callback may call any function, except where that one says otherwise.
-/// A callback must not unwind (C++ exceptions) or longjmp through the library.
+/// A callback must not longjmp through the library; one that unwinds through
+/// it (a C++ exception) ends the process.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct blkfuse_driver_ops {
@@ -78,19 +80,20 @@ pub struct blkfuse_driver_ops {
 
     /// The device's length in bytes, or a negative errno. Required. Called by
     /// blkfuse_export_start() and blkfuse_export_resized().
-    pub length: Option<unsafe extern "C" fn(opaque: *mut c_void) -> i64>,
+    pub length: Option<unsafe extern "C-unwind" fn(opaque: *mut c_void) -> i64>,
     /// The bytes of storage that the device really occupies (st_blocks), or a
     /// negative errno; -ENOTSUP, or NULL: all of the length.
-    pub allocated_size: Option<unsafe extern "C" fn(opaque: *mut c_void) -> i64>,
+    pub allocated_size: Option<unsafe extern "C-unwind" fn(opaque: *mut c_void) -> i64>,
     /// Changes what is not as preset in `*limits`. Called by
     /// blkfuse_export_start().
-    pub limits: Option<unsafe extern "C" fn(opaque: *mut c_void, limits: *mut blkfuse_limits)>,
+    pub limits:
+        Option<unsafe extern "C-unwind" fn(opaque: *mut c_void, limits: *mut blkfuse_limits)>,
 
     /// Reads `bytes` at `offset`, which lie within the length, into `buffer`.
     /// Success means that all of it was set: what a callback leaves as it was
     /// may be another request's. Required.
     pub read: Option<
-        unsafe extern "C" fn(
+        unsafe extern "C-unwind" fn(
             opaque: *mut c_void,
             request: *mut blkfuse_request,
             buffer: *mut c_void,
@@ -102,7 +105,7 @@ pub struct blkfuse_driver_ops {
     /// Writes `bytes` at `offset`, which lie within the length. NULL: the
     /// export cannot be writable.
     pub write: Option<
-        unsafe extern "C" fn(
+        unsafe extern "C-unwind" fn(
             opaque: *mut c_void,
             request: *mut blkfuse_request,
             buffer: *const c_void,
@@ -114,7 +117,7 @@ pub struct blkfuse_driver_ops {
     /// Makes durable everything that was written before. NULL: nothing is to
     /// be done for that.
     pub flush: Option<
-        unsafe extern "C" fn(
+        unsafe extern "C-unwind" fn(
             opaque: *mut c_void,
             request: *mut blkfuse_request,
             flags: u32,
@@ -123,7 +126,7 @@ pub struct blkfuse_driver_ops {
     /// Gives the range's storage back; afterwards it must read as zeroes. NULL
     /// or -ENOTSUP: write_zeroes with BLKFUSE_MAY_UNMAP is tried.
     pub discard: Option<
-        unsafe extern "C" fn(
+        unsafe extern "C-unwind" fn(
             opaque: *mut c_void,
             request: *mut blkfuse_request,
             offset: u64,
@@ -135,7 +138,7 @@ pub struct blkfuse_driver_ops {
     /// its storage stays, or becomes, allocated. NULL or -ENOTSUP: zeroes are
     /// written.
     pub write_zeroes: Option<
-        unsafe extern "C" fn(
+        unsafe extern "C-unwind" fn(
             opaque: *mut c_void,
             request: *mut blkfuse_request,
             offset: u64,
@@ -148,7 +151,7 @@ pub struct blkfuse_driver_ops {
     /// when the length becomes smaller. NULL: the export cannot be growable,
     /// and clients cannot truncate.
     pub truncate: Option<
-        unsafe extern "C" fn(
+        unsafe extern "C-unwind" fn(
             opaque: *mut c_void,
             request: *mut blkfuse_request,
             length: u64,
@@ -159,7 +162,7 @@ pub struct blkfuse_driver_ops {
     /// longer or shorter than `bytes`. NULL or -ENOTSUP: everything counts as
     /// data.
     pub block_status: Option<
-        unsafe extern "C" fn(
+        unsafe extern "C-unwind" fn(
             opaque: *mut c_void,
             request: *mut blkfuse_request,
             offset: u64,
@@ -173,32 +176,44 @@ pub struct blkfuse_driver_ops {
     /// anything else of it. May store a pointer in `*queue_ctx`. Returns 0 or
     /// a negative errno, which makes the start fail.
     pub queue_start: Option<
-        unsafe extern "C" fn(opaque: *mut c_void, queue: u32, queue_ctx: *mut *mut c_void) -> c_int,
+        unsafe extern "C-unwind" fn(
+            opaque: *mut c_void,
+            queue: u32,
+            queue_ctx: *mut *mut c_void,
+        ) -> c_int,
     >,
     /// The queue has ended; called on its thread, once for each queue_start
     /// that returned 0.
-    pub queue_stop:
-        Option<unsafe extern "C" fn(opaque: *mut c_void, queue: u32, queue_ctx: *mut c_void)>,
+    pub queue_stop: Option<
+        unsafe extern "C-unwind" fn(opaque: *mut c_void, queue: u32, queue_ctx: *mut c_void),
+    >,
     /// Requests will follow on this queue: their submission may be held back
     /// until batch_end.
-    pub batch_begin:
-        Option<unsafe extern "C" fn(opaque: *mut c_void, queue: u32, queue_ctx: *mut c_void)>,
+    pub batch_begin: Option<
+        unsafe extern "C-unwind" fn(opaque: *mut c_void, queue: u32, queue_ctx: *mut c_void),
+    >,
     /// The batch is over.
-    pub batch_end:
-        Option<unsafe extern "C" fn(opaque: *mut c_void, queue: u32, queue_ctx: *mut c_void)>,
+    pub batch_end: Option<
+        unsafe extern "C-unwind" fn(opaque: *mut c_void, queue: u32, queue_ctx: *mut c_void),
+    >,
 
     /// In a drain, the number of requests in flight has become 0: ask
     /// blkfuse_export_drain_poll(). From any queue's thread; may come more
     /// often than needed, and late.
-    pub idle: Option<unsafe extern "C" fn(opaque: *mut c_void)>,
+    pub idle: Option<unsafe extern "C-unwind" fn(opaque: *mut c_void)>,
     /// Something has happened: BLKFUSE_EVENT_*. From any thread. `error` is 0
     /// or a negative errno, `message` a sentence or "", valid in the call.
     pub event: Option<
-        unsafe extern "C" fn(opaque: *mut c_void, event: u32, error: c_int, message: *const c_char),
+        unsafe extern "C-unwind" fn(
+            opaque: *mut c_void,
+            event: u32,
+            error: c_int,
+            message: *const c_char,
+        ),
     >,
     /// The export has gone; no callback is running or will follow. Called
     /// once for each successful blkfuse_export_create().
-    pub deleted: Option<unsafe extern "C" fn(opaque: *mut c_void)>,
+    pub deleted: Option<unsafe extern "C-unwind" fn(opaque: *mut c_void)>,
 
     /// A descriptor of the regular file whose bytes are the device's, each at
     /// its own offset, for the property "passthrough"; or a negative errno:
@@ -206,14 +221,18 @@ pub struct blkfuse_driver_ops {
     /// may be opened in any mode: the kernel opens the file anew for each
     /// client. Called by blkfuse_export_start() and blkfuse_export_resized().
     /// NULL: there is none.
-    pub backing_fd: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
+    pub backing_fd: Option<unsafe extern "C-unwind" fn(opaque: *mut c_void) -> c_int>,
 }
 
 /// The most that a host may want with each request.
 const REQUEST_CTX_LIMIT: u32 = 1 << 20;
 
-/// A host's driver for one start of its export.
-pub(super) struct CDriver {
+/// A driver that C code has described by a table of callbacks, for an export
+/// of a Rust program's: what `blkfuse_export_create()` makes of its arguments.
+///
+/// It can be exported once. When it is dropped the table's callback `deleted`
+/// is called.
+pub struct CDriver {
     queues: Box<[OnceLock<CQueue>]>,
     host: Arc<Host>,
 }
@@ -228,6 +247,12 @@ struct Host {
 struct CQueue {
     ctx: *mut c_void,
     requests: Box<[CRequest]>,
+}
+
+impl fmt::Debug for CDriver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CDriver").finish_non_exhaustive()
+    }
 }
 
 // SAFETY: the host promises that its callbacks can be called from any thread
@@ -258,12 +283,17 @@ const LEAST_SIZE: usize =
 const MOST_SIZE: usize = 4096;
 
 impl CDriver {
-    /// Copies a host's table.
+    /// Takes a copy of the `struct blkfuse_driver_ops` at `ops`, whose
+    /// callbacks will be called with `opaque`. `include/blkfuse.h` describes
+    /// both, and what is refused with which errno.
     ///
     /// # Safety
-    /// `ops` is NULL or points to `struct_size` bytes of a table, whose
-    /// callbacks do what they promise with `opaque`.
-    pub(super) unsafe fn new(ops: *const blkfuse_driver_ops, opaque: *mut c_void) -> Result<Self> {
+    ///
+    /// `ops` must be NULL, or point to as many bytes of such a struct as it
+    /// says in its first member. Its callbacks must do what they promise when
+    /// they are called with `opaque`, from whatever thread, until `deleted`.
+    pub unsafe fn new(ops: *const c_void, opaque: *mut c_void) -> Result<Self> {
+        let ops = ops.cast::<blkfuse_driver_ops>();
         if ops.is_null() {
             return Err(invalid("the driver's table is NULL"));
         }
