@@ -1,4 +1,5 @@
-//! Names the shared library, and generates the C header into OUT_DIR.
+//! Names the shared library, has the daemon offer the C API to its plugins, and
+//! generates the C header into OUT_DIR.
 
 use std::env;
 use std::path::PathBuf;
@@ -14,6 +15,7 @@ const SOURCES: [&str; 6] = [
 
 fn main() {
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libblkfuse.so.0");
+    println!("cargo:rustc-link-arg-bin=blkfused=-Wl,--export-dynamic-symbol=blkfuse_*");
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=cbindgen.toml");
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("set by Cargo"));

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use blkfuse::{BlockDriver, Event, Extent, Features, Io, Limits, ReadBuf};
+use blkfuse::{BlockDriver, CDriver, Event, Extent, Features, Io, Limits, QueueInfo, ReadBuf};
 
 use crate::events::Notifier;
 use crate::image::Image;
@@ -21,6 +21,14 @@ impl Backend {
     pub fn new(image: Arc<Image>, notifier: Notifier) -> Self {
         Self { image, notifier }
     }
+
+    /// The driver that wants to know more than the requests.
+    fn plugin(&self) -> Option<&CDriver> {
+        match &*self.image {
+            Image::Plugin(plugin) => Some(plugin.driver()),
+            Image::Raw(_) | Image::Ram(_) | Image::Null(_) => None,
+        }
+    }
 }
 
 impl BlockDriver for Backend {
@@ -33,6 +41,7 @@ impl BlockDriver for Backend {
             Image::Raw(raw) => raw.allocated_size(),
             Image::Ram(ram) => Ok(Some(ram.allocated_size())),
             Image::Null(_) => Ok(Some(0)),
+            Image::Plugin(plugin) => plugin.driver().allocated_size(),
         }
     }
 
@@ -42,16 +51,21 @@ impl BlockDriver for Backend {
                 block_size: raw.block_size(),
             },
             Image::Ram(_) | Image::Null(_) => Limits::default(),
+            Image::Plugin(plugin) => plugin.driver().limits(),
         }
     }
 
     fn features(&self) -> Features {
-        Features {
-            write: true,
-            truncate: match &*self.image {
-                Image::Raw(raw) => raw.can_truncate(),
-                Image::Ram(_) | Image::Null(_) => true,
+        match &*self.image {
+            Image::Raw(raw) => Features {
+                write: true,
+                truncate: raw.can_truncate(),
             },
+            Image::Ram(_) | Image::Null(_) => Features {
+                write: true,
+                truncate: true,
+            },
+            Image::Plugin(plugin) => plugin.driver().features(),
         }
     }
 
@@ -59,6 +73,7 @@ impl BlockDriver for Backend {
         match &*self.image {
             Image::Raw(raw) => Some(raw.backing_file()),
             Image::Ram(_) | Image::Null(_) => None,
+            Image::Plugin(plugin) => plugin.driver().backing_file(),
         }
     }
 
@@ -67,6 +82,7 @@ impl BlockDriver for Backend {
             Image::Raw(raw) => raw.read(io, buf, offset).await?,
             Image::Ram(ram) => ram.read(buf.bytes_mut(), offset),
             Image::Null(_) => buf.zero(),
+            Image::Plugin(plugin) => plugin.driver().read(io, buf, offset).await?,
         }
         Ok(())
     }
@@ -76,6 +92,7 @@ impl BlockDriver for Backend {
             Image::Raw(raw) => raw.write(io, data, offset).await,
             Image::Ram(ram) => ram.write(data, offset),
             Image::Null(_) => Ok(()),
+            Image::Plugin(plugin) => plugin.driver().write(io, data, offset).await,
         }
     }
 
@@ -84,6 +101,7 @@ impl BlockDriver for Backend {
             Image::Raw(raw) => raw.flush(io).await,
             // Nothing there outlives the process.
             Image::Ram(_) | Image::Null(_) => Ok(()),
+            Image::Plugin(plugin) => plugin.driver().flush(io).await,
         }
     }
 
@@ -92,6 +110,7 @@ impl BlockDriver for Backend {
             Image::Raw(raw) => raw.discard(io, offset, bytes).await?,
             Image::Ram(ram) => ram.discard(offset, bytes),
             Image::Null(_) => {}
+            Image::Plugin(plugin) => plugin.discard(io, offset, bytes).await?,
         }
         Ok(())
     }
@@ -112,27 +131,62 @@ impl BlockDriver for Backend {
             // Memory is allocated by writing to it.
             Image::Ram(_) => Err(io::ErrorKind::Unsupported.into()),
             Image::Null(_) => Ok(()),
+            Image::Plugin(plugin) => plugin.write_zeroes(io, offset, bytes, may_unmap).await,
         }
     }
 
-    async fn truncate(&self, _: &Io<'_>, length: u64) -> io::Result<()> {
+    async fn truncate(&self, io: &Io<'_>, length: u64) -> io::Result<()> {
         match &*self.image {
             Image::Raw(raw) => raw.truncate(length)?,
             Image::Ram(ram) => ram.truncate(length),
             Image::Null(null) => null.truncate(length),
+            Image::Plugin(plugin) => plugin.driver().truncate(io, length).await?,
         }
         Ok(())
     }
 
-    async fn block_status(&self, _: &Io<'_>, offset: u64, bytes: u64) -> io::Result<Extent> {
+    async fn block_status(&self, io: &Io<'_>, offset: u64, bytes: u64) -> io::Result<Extent> {
         match &*self.image {
             Image::Raw(raw) => raw.block_status(offset, bytes),
             Image::Ram(ram) => Ok(ram.block_status(offset, bytes)),
             Image::Null(null) => Ok(null.block_status(offset, bytes)),
+            Image::Plugin(plugin) => plugin.driver().block_status(io, offset, bytes).await,
+        }
+    }
+
+    fn queue_start(&self, queue: QueueInfo) -> io::Result<()> {
+        self.plugin()
+            .map_or(Ok(()), |driver| driver.queue_start(queue))
+    }
+
+    fn queue_stop(&self, queue: usize) {
+        if let Some(driver) = self.plugin() {
+            driver.queue_stop(queue);
+        }
+    }
+
+    fn batch_begin(&self, queue: usize) {
+        if let Some(driver) = self.plugin() {
+            driver.batch_begin(queue);
+        }
+    }
+
+    fn batch_end(&self, queue: usize) {
+        if let Some(driver) = self.plugin() {
+            driver.batch_end(queue);
+        }
+    }
+
+    fn idle(&self) {
+        if let Some(driver) = self.plugin() {
+            driver.idle();
         }
     }
 
     fn event(&self, event: &Event) {
+        if let Some(driver) = self.plugin() {
+            driver.event(event);
+        }
         self.notifier.notify(event);
     }
 }

@@ -6,11 +6,13 @@ use std::path::Path;
 
 use blkfuse::{AllowOther, BlockDriver, Builder, IoUring};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Parser, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{Arg, ArgAction, CommandFactory, Parser, ValueEnum};
 use log::LevelFilter;
 
 use crate::failure::{Failure, Result};
 use crate::image::{self, Cache, Source};
+use crate::plugin;
 use crate::size;
 
 /// Shows disk images as regular files, through FUSE.
@@ -24,23 +26,38 @@ use crate::size;
     name = "blkfused",
     version,
     max_term_width = 100,
+    override_usage = "blkfused [OPTIONS] IMAGE MOUNTPOINT\n       \
+                      blkfused [OPTIONS] --plugin FILE [KEY=VALUE]... MOUNTPOINT\n       \
+                      blkfused [OPTIONS] --export IMAGE=MOUNTPOINT...",
     after_help = "Exit status: 0 after a signal or after somebody else unmounted everything, \
                   1 after a failure, 2 if the command line is wrong."
 )]
 struct Arguments {
     /// Disk image to export: a regular file, a block device, `ram:SIZE` (memory) or `null:SIZE`
-    /// (zeroes), where SIZE is like 64M, 8G or 1000001
+    /// (zeroes), where SIZE is like 64M, 8G or 1000001, or `plugin:FILE,KEY=VALUE...`, as with
+    /// --plugin (two commas stand for one in a value)
     #[arg(
         value_name = "IMAGE",
-        requires = "mountpoint",
-        required_unless_present = "exports"
+        required_unless_present_any = ["exports", "plugin"]
     )]
     image: Option<OsString>,
 
     /// Existing regular file to mount the image over (which may be the image itself), or /dev/fd/N
     /// for an inherited descriptor of an already mounted /dev/fuse
-    #[arg(value_name = "MOUNTPOINT")]
+    #[arg(
+        value_name = "MOUNTPOINT",
+        required_unless_present_any = ["exports", "plugin"]
+    )]
     mountpoint: Option<OsString>,
+
+    /// With --plugin there are any number of words
+    #[arg(hide = true)]
+    more: Vec<OsString>,
+
+    /// Export what a driver in the shared library FILE offers, in the place of an IMAGE; with --help,
+    /// say which KEYs it understands. The header blkfuse-plugin.h says how to write one
+    #[arg(long, value_name = "FILE")]
+    plugin: Option<OsString>,
 
     /// Export one more image; may be repeated, and if one fails to start then none stays. Of several
     /// equals signs the one that separates two existing paths counts, else the last
@@ -192,14 +209,64 @@ pub struct Pair {
     pub mountpoint: OsString,
 }
 
+/// What the user wants.
+#[derive(Debug)]
+pub enum Wish {
+    Export(Config),
+    /// The help of the plugin in that file.
+    PluginHelp(OsString),
+}
+
 /// Reads the program's command line. Help, and mistakes that need no words of
 /// our own, end the program right here.
-pub fn parse() -> Result<Config> {
-    Arguments::parse().into_config()
+pub fn parse() -> Result<Wish> {
+    match Arguments::try_parse() {
+        Ok(arguments) => arguments.into_config().map(Wish::Export),
+        Err(error) => match plugin_of(std::env::args_os()) {
+            Some(file) if error.kind() == ErrorKind::DisplayHelp => Ok(Wish::PluginHelp(file)),
+            _ => error.exit(),
+        },
+    }
+}
+
+/// The plugin on a command line that asks for help, and need not be complete.
+fn plugin_of(words: impl IntoIterator<Item = OsString>) -> Option<OsString> {
+    let help = Arg::new("help").short('h').long("help");
+    Arguments::command()
+        .disable_help_flag(true)
+        .arg(help.action(ArgAction::SetTrue))
+        .ignore_errors(true)
+        .try_get_matches_from(words)
+        .ok()?
+        .remove_one("plugin")
 }
 
 impl Arguments {
-    fn into_config(self) -> Result<Config> {
+    /// Takes the words that are no options: what to export, and where.
+    fn take_words(&mut self) -> Result<Option<Pair>> {
+        let first = [self.image.take(), self.mountpoint.take()];
+        let mut words: Vec<_> = first.into_iter().flatten().collect();
+        words.append(&mut self.more);
+        let plugin = self.plugin.take();
+        let Some(mountpoint) = words.pop() else {
+            return plugin.map_or(Ok(None), |file| Err(nowhere(&file)));
+        };
+        let image = match (plugin, words.pop()) {
+            (Some(file), last) => {
+                Source::Plugin(plugin::Spec::new(file, words.into_iter().chain(last))?)
+            }
+            (None, None) => return Err(nowhere(&mountpoint)),
+            (None, Some(image)) if words.is_empty() => Source::parse(image)?,
+            (None, Some(_)) => {
+                let reason = "is neither the image nor its mountpoint";
+                return Err(Failure::new(mountpoint.display(), reason)
+                    .advise("export more images by --export"));
+            }
+        };
+        Ok(Some(Pair { image, mountpoint }))
+    }
+
+    fn into_config(mut self) -> Result<Config> {
         if self.growable && !self.writable {
             return Err(Failure::new("--growable", "a read-only export cannot grow")
                 .advise("add --writable"));
@@ -208,19 +275,14 @@ impl Arguments {
             let reason = "only a read-only export can have it";
             return Err(Failure::new("--passthrough", reason).advise("leave -w out, or it"));
         }
-        let mut exports = Vec::new();
-        if let Some((image, mountpoint)) = self.image.zip(self.mountpoint) {
-            exports.push((image, mountpoint));
-        }
+        let mut exports = Vec::from_iter(self.take_words()?);
         for text in &self.exports {
-            exports.push(split(text, image::exists, |path| Path::new(path).exists())?);
-        }
-        let exports = exports.into_iter().map(|(image, mountpoint)| {
+            let (image, mountpoint) = split(text, image::exists, |path| Path::new(path).exists())?;
             let image = Source::parse(image)?;
-            Ok(Pair { image, mountpoint })
-        });
+            exports.push(Pair { image, mountpoint });
+        }
         Ok(Config {
-            exports: exports.collect::<Result<_>>()?,
+            exports,
             options: image::Options {
                 writable: self.writable,
                 growable: self.growable,
@@ -248,6 +310,12 @@ impl Arguments {
             log_level: self.log_level,
         })
     }
+}
+
+/// There is no mountpoint for `what`.
+fn nowhere(what: &OsStr) -> Failure {
+    Failure::new(what.display(), "is to be exported, but not where")
+        .advise("name a mountpoint, too")
 }
 
 /// Splits IMAGE=MOUNTPOINT. Paths may contain equals signs themselves, so of
@@ -289,7 +357,6 @@ fn split(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     fn config(arguments: &[&str]) -> Config {
         let all = [&["blkfused"], arguments].concat();
@@ -381,7 +448,6 @@ mod tests {
         for wrong in [
             &["disk.img"][..],
             &["-w"],
-            &["a", "b", "c"],
             &["-f", "qcow2", "a", "b"],
             &["--threads", "0", "a", "b"],
             &["--io-uring", "perhaps", "a", "b"],
@@ -409,6 +475,68 @@ mod tests {
         );
         let size = Arguments::parse_from(["blkfused", "ram:1X", "b"]);
         assert!(size.into_config().is_err());
+        for (words, reason) in [
+            (
+                &["a", "b", "c"][..],
+                "c: is neither the image nor its mountpoint;",
+            ),
+            (
+                &["--export", "a=b", "c"],
+                "c: is to be exported, but not where;",
+            ),
+            (
+                &["--plugin", "c.so"],
+                "c.so: is to be exported, but not where;",
+            ),
+            (&["--plugin", "c.so", "k", "b"], "k: does not set anything;"),
+        ] {
+            let arguments = Arguments::parse_from([&["blkfused"], words].concat());
+            let failure = arguments.into_config().unwrap_err().to_string();
+            assert!(failure.starts_with(reason), "{failure}");
+        }
+    }
+
+    #[test]
+    fn a_plugin_is_an_image_in_other_words() {
+        let spec = |text: &str| Source::parse(text.into()).unwrap();
+        let pair = |text, mountpoint: &str| Pair {
+            image: spec(text),
+            mountpoint: mountpoint.into(),
+        };
+        for (words, expected) in [
+            (&["--plugin", "a.so", "m"][..], pair("plugin:a.so", "m")),
+            (
+                &["--plugin", "a.so", "k=v", "m"],
+                pair("plugin:a.so,k=v", "m"),
+            ),
+            (
+                &["k=v", "l=1,2", "--plugin", "a,b.so", "n=", "m"],
+                pair("plugin:a,,b.so,k=v,l=1,,2,n=", "m"),
+            ),
+        ] {
+            assert_eq!(config(words).exports, [expected]);
+        }
+        assert_eq!(
+            config(&["--plugin", "a.so", "m", "--export", "plugin:b.so,k=v=n"]).exports,
+            [pair("plugin:a.so", "m"), pair("plugin:b.so,k=v", "n")]
+        );
+    }
+
+    #[test]
+    fn help_for_a_plugin_is_found_on_any_command_line() {
+        let plugin_of = |words: &[&str]| {
+            let words = [&["blkfused"], words].concat();
+            plugin_of(words.into_iter().map(OsString::from))
+        };
+        for words in [
+            &["--plugin", "a.so", "--help"][..],
+            &["-h", "--plugin=a.so"],
+            &["-w", "--threads", "3", "--plugin", "a.so", "k=v", "--help"],
+        ] {
+            assert_eq!(plugin_of(words), Some("a.so".into()), "{words:?}");
+        }
+        assert_eq!(plugin_of(&["--help"]), None);
+        assert_eq!(plugin_of(&["--help", "--plugin"]), None);
     }
 
     #[test]

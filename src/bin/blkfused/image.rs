@@ -7,12 +7,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
+use blkfuse::BlockDriver;
 use log::{info, warn};
 use nix::errno::Errno;
 
 use crate::failure::{Failure, Result};
 use crate::lock::{self, Access, Refusal};
 use crate::null::Null;
+use crate::plugin::{self, Plugin};
 use crate::probe;
 use crate::ram::Ram;
 use crate::raw::Raw;
@@ -46,6 +48,7 @@ pub enum Image {
     Raw(Raw),
     Ram(Ram),
     Null(Null),
+    Plugin(Plugin),
 }
 
 impl Image {
@@ -54,6 +57,7 @@ impl Image {
             Self::Raw(raw) => raw.length(),
             Self::Ram(ram) => Ok(ram.length()),
             Self::Null(null) => Ok(null.length()),
+            Self::Plugin(plugin) => plugin.driver().length(),
         }
     }
 
@@ -63,6 +67,7 @@ impl Image {
             Self::Raw(raw) => raw.flush_now(),
             // Nothing here outlives the process.
             Self::Ram(_) | Self::Null(_) => Ok(()),
+            Self::Plugin(plugin) => plugin.flush_now(),
         }
     }
 }
@@ -74,6 +79,8 @@ pub enum Source {
     Null(u64),
     /// `ram:SIZE`
     Ram(u64),
+    /// `plugin:FILE,KEY=VALUE`
+    Plugin(plugin::Spec),
     /// Anything else; `./null:1` is the file of that name.
     Path(OsString),
 }
@@ -89,6 +96,9 @@ impl Source {
                     .map_err(|reason| Failure::new(name.display(), reason));
             }
         }
+        if let Some(text) = name.as_bytes().strip_prefix(plugin::PREFIX.as_bytes()) {
+            return plugin::Spec::parse(OsStr::from_bytes(text)).map(Self::Plugin);
+        }
         Ok(Self::Path(name))
     }
 
@@ -97,6 +107,7 @@ impl Source {
         Ok(match self {
             Self::Null(length) => Image::Null(Null::new(*length)),
             Self::Ram(length) => Image::Ram(Ram::new(*length)),
+            Self::Plugin(spec) => Image::Plugin(spec.open(options)?),
             Self::Path(path) => Image::Raw(open_raw(Path::new(path), options)?),
         })
     }
@@ -106,6 +117,7 @@ impl Source {
         match self {
             Self::Null(_) => "null".as_ref(),
             Self::Ram(_) => "ram".as_ref(),
+            Self::Plugin(spec) => &spec.file,
             Self::Path(path) => path,
         }
     }
@@ -113,13 +125,13 @@ impl Source {
 
 type Prefix = (&'static str, fn(u64) -> Source);
 
-/// What begins the names of all that is no file.
+/// What begins the names of what is only memory.
 const MEMORY: [Prefix; 2] = [("null:", Source::Null), ("ram:", Source::Ram)];
 
 /// Whether `name` stands for something that can be opened.
 pub fn exists(name: &OsStr) -> bool {
-    let is = |(prefix, _): &Prefix| name.as_bytes().starts_with(prefix.as_bytes());
-    MEMORY.iter().any(is) || Path::new(name).exists()
+    let is = |prefix: &str| name.as_bytes().starts_with(prefix.as_bytes());
+    MEMORY.iter().any(|(prefix, _)| is(prefix)) || is(plugin::PREFIX) || Path::new(name).exists()
 }
 
 /// All descriptors are opened here, once: the export may be mounted over the

@@ -10,6 +10,7 @@ mod image;
 mod lock;
 mod null;
 mod passed_fd;
+mod plugin;
 mod probe;
 mod ram;
 mod raw;
@@ -24,20 +25,20 @@ use std::process::ExitCode;
 
 use log::{Level, LevelFilter};
 
-use crate::cli::Config;
+use crate::cli::Wish;
 use crate::demo::Demo;
 use crate::failure::{Failure, Result};
 use crate::signals::Signals;
 
 fn main() -> ExitCode {
     let demo = std::env::args_os().len() <= 1;
-    let config = if demo { None } else { Some(cli::parse()) };
-    match config.transpose() {
+    let wish = if demo { None } else { Some(cli::parse()) };
+    match wish.transpose() {
         Err(failure) => {
             complain(&failure);
             ExitCode::from(2)
         }
-        Ok(config) => match run(config) {
+        Ok(wish) => match run(wish) {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => ExitCode::FAILURE,
             Err(failure) => {
@@ -48,15 +49,21 @@ fn main() -> ExitCode {
     }
 }
 
-/// Does what the configuration says, or the demonstration; true if nothing
-/// went wrong on the way.
-fn run(config: Option<Config>) -> Result<bool> {
+/// Does what is wished, or the demonstration; true if nothing went wrong on the
+/// way.
+fn run(wish: Option<Wish>) -> Result<bool> {
     // Before any thread is started.
     let signals = Signals::take_over().map_err(|errno| Failure::io("signalfd", &errno.into()))?;
-    match config {
-        Some(config) => {
+    match wish {
+        Some(Wish::Export(config)) => {
             start_log(config.log_level);
             serve::serve(&config, &signals, None)
+        }
+        Some(Wish::PluginHelp(file)) => {
+            let help = plugin::help(&file)?;
+            // Nobody has to listen.
+            let _ = std::io::stdout().write_all(help.as_bytes());
+            Ok(true)
         }
         None => {
             let demo = Demo::create()?;
