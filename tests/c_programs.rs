@@ -2,157 +2,21 @@
 //! program for each group of things a host can do wrong, on real mounts.
 
 mod common;
+#[path = "common/compiled.rs"]
+mod compiled;
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, symlink};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use common::{SOON, Watchdog, eventually, is_mounted, pattern, skip, within};
-use tempfile::TempDir;
-
-/// How long valgrind may take to start a program.
-const PATIENCE: Duration = Duration::from_secs(50);
-const C: &str = "-std=c99";
-const CXX: &str = "-std=c++17";
-/// What libblkfuse.a needs besides the C library, as
-/// `rustc --print native-static-libs` says.
-const NATIVE: [&str; 6] = ["-lgcc_s", "-lutil", "-lrt", "-lpthread", "-lm", "-ldl"];
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Linking {
-    Shared,
-    Static,
-}
-
-/// Where programs are built and run.
-struct Workshop {
-    dir: TempDir,
-}
-
-impl Workshop {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let library = common::library_dir().join("libblkfuse.so");
-        for name in ["libblkfuse.so", "libblkfuse.so.0"] {
-            symlink(&library, dir.path().join(name)).unwrap();
-        }
-        Self { dir }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().canonicalize().unwrap().join(name)
-    }
-
-    /// Compiles `source` of the package; `None` if there is no such compiler.
-    fn build(
-        &self,
-        compiler: &str,
-        standard: &str,
-        source: &str,
-        linking: Linking,
-    ) -> Option<PathBuf> {
-        if !common::can_export() {
-            return None;
-        }
-        let package = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let name = Path::new(source).file_stem().unwrap().to_str().unwrap();
-        let program = self.path(&format!("{name}-{compiler}-{linking:?}"));
-        let mut command = Command::new(compiler);
-        command
-            .args([standard, "-pedantic", "-Wall", "-Wextra", "-Werror", "-g"])
-            .arg("-I")
-            .arg(package.join("include"))
-            .args(["-x", if standard == CXX { "c++" } else { "c" }])
-            .arg(package.join(source))
-            .args(["-x", "none", "-o"])
-            .arg(&program);
-        match linking {
-            Linking::Shared => command
-                .arg("-L")
-                .arg(self.dir.path())
-                .arg(format!("-Wl,-rpath,{}", self.dir.path().display()))
-                .args(["-lblkfuse", "-lpthread", "-ldl"]),
-            Linking::Static => command
-                .arg(common::library_dir().join("libblkfuse.a"))
-                .args(NATIVE),
-        };
-        let Ok(output) = command.output() else {
-            skip(&format!("there is no {compiler}"));
-            return None;
-        };
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{command:?}: {errors}");
-        Some(program)
-    }
-
-    /// An empty file to be mounted over.
-    fn mountpoint(&self, name: &str) -> PathBuf {
-        let path = self.path(name);
-        File::create(&path).unwrap();
-        path
-    }
-}
-
-/// A program that runs; killed and waited for if the test fails before.
-struct Running {
-    child: Child,
-    lines: mpsc::Receiver<String>,
-}
-
-impl Running {
-    fn start(command: &mut Command) -> Self {
-        let spawned = command.stdout(Stdio::piped()).spawn();
-        let mut child = spawned.unwrap_or_else(|e| panic!("{command:?}: {e}"));
-        let output = BufReader::new(child.stdout.take().unwrap());
-        let (send, lines) = mpsc::channel();
-        // Ends with the program's output.
-        thread::spawn(move || {
-            for line in output.lines().map_while(Result::ok) {
-                let _ = send.send(line);
-            }
-        });
-        Self { child, lines }
-    }
-
-    /// Waits for the next line that it prints.
-    fn line(&self, limit: Duration) -> String {
-        self.lines
-            .recv_timeout(limit)
-            .expect("the program prints a line")
-    }
-
-    fn signal(&self, number: i32) {
-        // SAFETY: kill touches no memory; the child was not waited for yet,
-        // so its number is still its own.
-        let result = unsafe { libc::kill(self.child.id() as i32, number) };
-        assert_eq!(result, 0);
-    }
-
-    fn status(&mut self, limit: Duration) -> ExitStatus {
-        let mut status = None;
-        within(limit, "the program ends", || {
-            status = self.child.try_wait().unwrap();
-            status.is_some()
-        });
-        status.unwrap()
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        if let Ok(None) = self.child.try_wait() {
-            let _ = self.child.kill();
-            // Its connection ends with it, so it does not stay in the kernel.
-            let _ = self.child.wait();
-        }
-    }
-}
+use common::{SOON, Watchdog, eventually, is_mounted, pattern, skip};
+use compiled::{C, CXX, Linking, PATIENCE, Running, Workshop, try_test};
 
 fn fallocate(file: &File, mode: i32, offset: i64, len: i64) {
     // SAFETY: fallocate touches no memory.
@@ -252,21 +116,6 @@ fn drain_under_load(running: &Running, file: &File, limit: Duration) {
         drop(stop);
         client.join().unwrap();
     });
-}
-
-/// Runs a program that tests by itself and ends with 0 if all is well.
-fn try_test(workshop: &Workshop, program: &Path, more: &[&Path]) {
-    let path = workshop.mountpoint("disk");
-    let watchdog = Watchdog::new(&path);
-    for queues in ["1", "4"] {
-        eprintln!("{} {queues}", program.display());
-        let mut running = Running::start(Command::new(program).arg(&path).arg(queues).args(more));
-        // Its own watchdog comes first.
-        let status = running.status(PATIENCE);
-        assert!(status.success(), "{} {queues}: {status}", program.display());
-        assert!(!is_mounted(&path), "{} stayed mounted", path.display());
-    }
-    drop(watchdog);
 }
 
 /// Builds and runs one file of tests/c, both ways of linking.
