@@ -22,6 +22,12 @@
  * prints nothing, changes nothing of the process, and opens everything
  * close-on-exec.
  *
+ * fork(): a child that executes another program has nothing of an export. One
+ * that does not has copies of its descriptors, and must not call the library. It
+ * does not keep what the host stops or deletes; but if the host is killed, the
+ * clients wait until such a child has ended, too, or until the file is unmounted
+ * by force (umount -f).
+ *
  * Licence: MIT OR Apache-2.0. Generated from src/capi; do not edit.
  */
 #ifndef BLKFUSE_H

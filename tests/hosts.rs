@@ -1,5 +1,6 @@
 //! Hosts that do not fit into tests/c_programs.rs, where C and C++ programs are
-//! that link the library: one in Python.
+//! that link the library: one in Python, one that keeps the library loaded, and
+//! ones that fork.
 
 // For hosted.rs.
 #[path = "common/alone.rs"]
@@ -18,10 +19,11 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use blkfuse::IoUring;
+use nix::mount::{MntFlags, umount2};
 
 use common::client::{errno, fallocate, have, run, seek};
 use common::{SOON, Watchdog, eventually, for_transports, is_mounted, pattern, skip};
-use compiled::{PATIENCE, Running, Workshop};
+use compiled::{C, Linking, PATIENCE, Running, Workshop, try_test};
 use hosted::{Connection, Connections};
 
 fn read_block(file: &File) -> io::Result<[u8; 4096]> {
@@ -156,4 +158,154 @@ fn a_python_host_says_what_is_wrong() {
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(text.contains("/nonexistent/disk"), "{text}");
     assert!(!text.contains("Traceback"), "{text}");
+}
+
+// --- dlopen -----------------------------------------------------------------
+
+#[test]
+fn the_library_can_stay_loaded() {
+    let workshop = Workshop::new();
+    let Some(program) = workshop.build("gcc", C, "tests/c/dynamic.c", Linking::Shared) else {
+        return;
+    };
+    let library = workshop.path("libblkfuse.so.0");
+    try_test(&workshop, &program, &[&library, Path::new("stay")]);
+}
+
+// --- fork -------------------------------------------------------------------
+
+/// A host of tests/c/fork.c, its child, and a file that a client has open.
+struct Family {
+    host: Running,
+    child: u32,
+    connection: Connection,
+    _connections: Connections,
+    file: File,
+}
+
+impl Family {
+    /// `kind` of child: one that goes on ("fork") or becomes another program
+    /// ("exec").
+    fn start(program: &Path, path: &Path, transport: IoUring, kind: &str) -> Self {
+        let value = format!("{transport:?}").to_lowercase();
+        let mut command = Command::new(program);
+        command.arg(path).args(["2", &value, kind]);
+        let host = Running::start(command.stdin(Stdio::piped()));
+        let child = host.line(PATIENCE).parse().unwrap();
+        if kind == "exec" {
+            eventually("the child has nothing", || !serves(&descriptors(child)));
+        } else {
+            assert!(serves(&descriptors(child)));
+        }
+        let file = File::open(path).unwrap();
+        assert!(read_block(&file).is_ok());
+        let connections = Connections::new();
+        Self {
+            host,
+            child,
+            connection: connections.of(path),
+            _connections: connections,
+            file,
+        }
+    }
+
+    /// The host dies without any chance to clean up.
+    fn kill_host(&mut self) {
+        self.host.signal(libc::SIGKILL);
+        assert!(!self.host.status(SOON).success());
+    }
+
+    /// The client, too, gets no data, though the child goes on.
+    fn fails(&self) {
+        errno(read_block(&self.file));
+        assert!(!descriptors(self.child).is_empty(), "the child has ended");
+    }
+}
+
+/// What a process's descriptors are; none if it has ended.
+fn descriptors(process: u32) -> Vec<String> {
+    let links = fs::read_dir(format!("/proc/{process}/fd"));
+    let links = links.into_iter().flatten().flatten();
+    let targets = links.filter_map(|link| fs::read_link(link.path()).ok());
+    targets.map(|path| path.display().to_string()).collect()
+}
+
+/// Whether descriptors of an export are among them.
+fn serves(descriptors: &[String]) -> bool {
+    let kinds = ["/dev/fuse", "anon_inode:[io_uring]", "anon_inode:[eventfd]"];
+    descriptors.iter().any(|d| kinds.contains(&d.as_str()))
+}
+
+/// Runs `test` for each transport with a child of each of these kinds.
+fn for_families(kinds: &[&str], test: impl Fn(Family, &Path)) {
+    for_transports(|transport| {
+        let workshop = Workshop::new();
+        let Some(program) = workshop.build("gcc", C, "tests/c/fork.c", Linking::Shared) else {
+            return;
+        };
+        for kind in kinds {
+            eprintln!("child: {kind}");
+            let path = workshop.mountpoint("disk");
+            let _watchdog = Watchdog::new(&path);
+            test(Family::start(&program, &path, transport, kind), &path);
+        }
+    });
+}
+
+#[test]
+fn a_child_does_not_keep_a_deleted_export() {
+    for_families(&["fork", "exec"], |mut family, path| {
+        family.host.signal(libc::SIGUSR1);
+        assert_eq!(family.host.line(SOON), "deleted");
+        assert!(!is_mounted(path));
+        family.fails();
+        family.host.signal(libc::SIGTERM);
+        assert!(family.host.status(SOON).success());
+        // Nor does it afterwards, as the host's heir.
+        family.fails();
+        drop(family.file);
+        eventually("the connection goes", || !family.connection.exists());
+        assert!(!descriptors(family.child).is_empty());
+    });
+}
+
+#[test]
+fn a_child_that_runs_another_program_does_not_keep_a_dead_hosts_clients() {
+    for_families(&["exec"], |mut family, _| {
+        family.kill_host();
+        family.fails();
+    });
+}
+
+#[test]
+fn what_a_forked_child_keeps_of_a_dead_host_can_be_unmounted() {
+    for_families(&["fork"], |mut family, path| {
+        family.kill_host();
+        // Clients may wait now: the child could be one that serves them.
+        let file = family.file.try_clone().unwrap();
+        let client = thread::spawn(move || read_block(&file).is_err());
+        // The mount stays if the client has it open.
+        let _ = umount2(path, MntFlags::MNT_FORCE);
+        eventually("the client's read ends", || client.is_finished());
+        assert!(client.join().unwrap());
+        family.fails();
+    });
+}
+
+#[test]
+fn what_a_forked_child_keeps_of_a_dead_host_ends_with_it() {
+    for_families(&["fork"], |mut family, path| {
+        family.kill_host();
+        let file = family.file.try_clone().unwrap();
+        let client = thread::spawn(move || read_block(&file).is_err());
+        // The child reads it.
+        family.host.end_input();
+        eventually("the child ends", || descriptors(family.child).is_empty());
+        eventually("the client's read ends", || client.is_finished());
+        assert!(client.join().unwrap());
+        drop(family.file);
+        assert!(family.connection.exists());
+        umount2(path, MntFlags::empty()).unwrap();
+        eventually("the connection goes", || !family.connection.exists());
+    });
 }

@@ -1,6 +1,7 @@
 /*
  * dynamic.c - a host that loads the library while it runs, as a plugin or
- * another language does, and unloads it: DYNAMIC MOUNTPOINT QUEUES LIBRARY.
+ * another language does, and unloads it, or leaves that to the end of the
+ * process: DYNAMIC MOUNTPOINT QUEUES LIBRARY [stay].
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -63,7 +64,7 @@ static void on_deleted(void *opaque)
     deleted++;
 }
 
-static void serve(const char *queues, const char *path)
+static void serve(const char *queues, const char *path, bool stays)
 {
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     struct blkfuse_driver_ops ops;
@@ -96,19 +97,19 @@ static void serve(const char *queues, const char *path)
     CHECK(memcmp(buffer, "content!", sizeof(buffer)) == 0);
     close(fd);
     CHECK(lib.blkfuse_export_delete_wait(&export_, -1) == 0);
-    CHECK(dlclose(library) == 0);
+    CHECK(stays || dlclose(library) == 0);
 }
 
 int main(int argc, char **argv)
 {
     int round;
 
-    if (argc != 4)
+    if (argc != 4 && argc != 5)
         return 2;
     mountpoint = argv[1];
     memcpy(content + 5, "content!", 8);
     for (round = 0; round < 50; round++)
-        serve(argv[2], argv[3]);
+        serve(argv[2], argv[3], argc == 5);
     CHECK(deleted == 50);
     return 0;
 }
