@@ -21,6 +21,7 @@ use nix::mount::{MntFlags, umount2};
 use tempfile::TempDir;
 
 pub mod client;
+pub mod running;
 pub mod sparse;
 
 /// How long a test may take before its connection is aborted.
