@@ -241,6 +241,12 @@ fn plugin_of(words: impl IntoIterator<Item = OsString>) -> Option<OsString> {
         .remove_one("plugin")
 }
 
+/// What the program's command line can be.
+#[cfg(test)]
+pub fn command() -> clap::Command {
+    <Arguments as clap::CommandFactory>::command()
+}
+
 impl Arguments {
     /// Takes the words that are no options: what to export, and where.
     fn take_words(&mut self) -> Result<Option<Pair>> {

@@ -8,6 +8,8 @@ mod events;
 mod failure;
 mod image;
 mod lock;
+#[cfg(test)]
+mod manual;
 mod null;
 mod passed_fd;
 mod plugin;
