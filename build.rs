@@ -14,7 +14,10 @@ const SOURCES: [&str; 6] = [
 ];
 
 fn main() {
-    println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libblkfuse.so.0");
+    // cargo-c turns on "capi" and gives the linker the same name.
+    if env::var_os("CARGO_FEATURE_CAPI").is_none() {
+        println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libblkfuse.so.0");
+    }
     println!("cargo:rustc-link-arg-bin=blkfused=-Wl,--export-dynamic-symbol=blkfuse_*");
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=cbindgen.toml");
