@@ -38,6 +38,7 @@ trap 'exit 1' INT TERM
 # What is in the packages, with the library's version in the place of *.
 expected='blkfuse usr/bin/blkfused
 blkfuse usr/share/man/man1/blkfused.1.gz
+libblkfuse-dev usr/include/blkfuse-plugin.h
 libblkfuse-dev usr/include/blkfuse.h
 libblkfuse-dev usr/lib/libblkfuse.a
 libblkfuse-dev usr/lib/libblkfuse.so

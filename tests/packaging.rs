@@ -118,6 +118,7 @@ fn everything_that_c_programs_need_is_installed() {
     let library = format!("libblkfuse.so.{version}");
     let link = || Some(PathBuf::from(&library));
     let expected = BTreeMap::from([
+        ("usr/include/blkfuse-plugin.h".into(), None),
         ("usr/include/blkfuse.h".into(), None),
         ("usr/lib/libblkfuse.a".into(), None),
         ("usr/lib/libblkfuse.so".into(), link()),
