@@ -1090,6 +1090,8 @@ fn a_host_killed_as_it_writes_back_leaves_no_client_waiting() {
     host.stdin.take().unwrap().write_all(b"w").unwrap();
     let held = path.with_extension("held");
     eventually("the driver holds what is written back", || held.exists());
+    // Who is killed before leaves the mount, too.
+    eventually("the unmounting", || !is_mounted(&path));
     host.kill().unwrap();
     eventually("the host is gone", || host.try_wait().unwrap().is_some());
     let read = read_in_thread(file, 0);
