@@ -16,7 +16,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::{SOON, Watchdog, eventually, is_mounted, pattern, skip};
-use compiled::{C, CXX, Linking, PATIENCE, Running, Workshop, try_test};
+use compiled::{C, CXX, Linking, PATIENCE, Running, Workshop, try_test, valgrind};
 
 fn fallocate(file: &File, mode: i32, offset: i64, len: i64) {
     // SAFETY: fallocate touches no memory.
@@ -344,21 +344,14 @@ fn the_async_example_ends_when_its_file_is_unmounted_from_outside() {
 #[test]
 fn the_examples_use_memory_rightly() {
     let workshop = Workshop::new();
-    if Command::new("valgrind").arg("--version").output().is_err() {
-        return skip("there is no valgrind");
-    }
+    let Some(valgrind) = valgrind() else { return };
     for name in ["ramdisk", "async", "raw"] {
         let source = format!("c-examples/{name}.c");
         let Some(program) = workshop.build("gcc", C, &source, Linking::Shared) else {
             return;
         };
-        let mut command = Command::new("valgrind");
-        command
-            .args(["-q", "--error-exitcode=99", "--leak-check=full"])
-            .args(["--show-leak-kinds=definite,indirect"])
-            .args(["--errors-for-leak-kinds=definite,indirect"])
-            .arg("--fair-sched=yes")
-            .arg(program);
+        let mut command = valgrind();
+        command.arg(program);
         try_example(&workshop, &mut command, PATIENCE, name);
     }
 }

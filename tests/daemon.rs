@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 
-use common::{Call, Mounted, SOON, eventually, pattern, skip};
+use common::client::errno;
+use common::{Call, Mounted, SOON, eventually, pattern, skip, unmount};
 use daemon_support::*;
 use memmap2::MmapMut;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -25,26 +26,6 @@ use nix::unistd::{Whence, lseek, mkfifo};
 const SIGNALS: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
 const PUNCH: FallocateFlags =
     FallocateFlags::FALLOC_FL_PUNCH_HOLE.union(FallocateFlags::FALLOC_FL_KEEP_SIZE);
-
-/// Where to work, unless nothing can be mounted here.
-fn scratch() -> Option<Scratch> {
-    can_mount().then(Scratch::new)
-}
-
-fn open(path: &Path) -> File {
-    let file = OpenOptions::new().read(true).write(true).open(path);
-    file.unwrap_or_else(|e| panic!("{}: {e}", path.display()))
-}
-
-fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
-    result.unwrap_err().raw_os_error().unwrap()
-}
-
-fn assert_same(a: &[u8], b: &[u8]) {
-    assert_eq!(a.len(), b.len());
-    let differ = a.iter().zip(b).position(|(a, b)| a != b);
-    assert_eq!(differ, None, "first difference");
-}
 
 /// The data ranges of a file, by SEEK_DATA and SEEK_HOLE.
 fn map_of(file: &File) -> Vec<(i64, i64)> {
@@ -950,19 +931,6 @@ fn a_lazily_unmounted_file_lives_until_it_is_closed() {
     drop(file);
     assert!(daemon.wait(STOP).status.success());
     assert_eq!(fs::read(&image).unwrap()[50..150], [9; 100]);
-}
-
-/// Unmounts what nobody uses any more. A child that another test is starting
-/// may for a moment still hold what this one had open.
-fn unmount(at: &Path, flags: MntFlags) {
-    let mut result = umount2(at, flags);
-    eventually("the unmount", || {
-        if result == Err(nix::errno::Errno::EBUSY) {
-            result = umount2(at, flags);
-        }
-        result != Err(nix::errno::Errno::EBUSY)
-    });
-    result.unwrap();
 }
 
 #[test]

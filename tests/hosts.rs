@@ -22,7 +22,7 @@ use blkfuse::IoUring;
 use nix::mount::{MntFlags, umount2};
 
 use common::client::{errno, fallocate, have, run, seek};
-use common::{SOON, Watchdog, eventually, for_transports, is_mounted, pattern, skip};
+use common::{SOON, Watchdog, eventually, for_transports, is_mounted, pattern, skip, unmount};
 use compiled::{C, Linking, PATIENCE, Running, Workshop, try_test};
 use hosted::{Connection, Connections};
 
@@ -305,7 +305,7 @@ fn what_a_forked_child_keeps_of_a_dead_host_ends_with_it() {
         assert!(client.join().unwrap());
         drop(family.file);
         assert!(family.connection.exists());
-        umount2(path, MntFlags::empty()).unwrap();
+        unmount(path, MntFlags::empty());
         eventually("the connection goes", || !family.connection.exists());
     });
 }

@@ -22,9 +22,12 @@ use std::time::{Duration, Instant};
 use blkfuse::IoUring;
 
 use common::client::{errno, fallocate, have, run, seek};
-use common::{SOON, Watchdog, eventually, for_transports, is_mounted, pattern, skip, within};
-use compiled::{C, CXX, Linking, PATIENCE, Running, Workshop};
+use common::{
+    SOON, Watchdog, eventually, for_transports, is_mounted, pattern, skip, unmount, within,
+};
+use compiled::{C, CXX, Linking, PATIENCE, Running, Workshop, valgrind};
 use hosted::Connections;
+use nix::mount::MntFlags;
 
 const SIZE: usize = 64 << 20;
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
@@ -414,7 +417,7 @@ fn it_can_be_unmounted_from_outside() {
         let server = bench.server(&["memory", "64M"]);
         let mut shown = bench.show(&server, transport, &[connections]);
         assert!(read(&shown.open(), 0, 4096).is_ok());
-        nix::mount::umount2(&shown.path, nix::mount::MntFlags::empty()).unwrap();
+        unmount(&shown.path, MntFlags::empty());
         assert!(shown.running.status(SOON).success());
     });
 }
@@ -525,23 +528,14 @@ fn it_uses_memory_rightly() {
     if !common::can_export() {
         return;
     }
-    if !have("valgrind") {
-        return skip("there is no valgrind");
-    }
+    let Some(valgrind) = valgrind() else { return };
     let Some(bench) = Bench::new() else { return };
     for dies in [false, true] {
         let mut server = bench.server(&["memory", "64M"]);
         let path = bench.workshop.mountpoint("disk");
         let watchdog = Watchdog::new(&path);
-        let mut command = Command::new("valgrind");
-        command
-            .args(["-q", "--error-exitcode=99", "--leak-check=full"])
-            .args(["--show-leak-kinds=definite,indirect"])
-            .args(["--errors-for-leak-kinds=definite,indirect"])
-            .arg("--fair-sched=yes")
-            .arg(&bench.program)
-            .arg(server.uri())
-            .arg(&path);
+        let mut command = valgrind();
+        command.arg(&bench.program).arg(server.uri()).arg(&path);
         let running = Running::start(&mut command);
         running.line(PATIENCE);
         let shown = Shown {

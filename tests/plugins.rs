@@ -8,7 +8,7 @@ mod daemon_support;
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read};
+use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,8 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use blkfuse::IoUring;
-use common::{SOON, eventually, for_transports, pattern, skip};
+use common::client::errno;
+use common::{SOON, eventually, for_transports, pattern, skip, unmount};
 use daemon_support::*;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::mount::{MntFlags, umount2};
@@ -30,11 +31,6 @@ const TESTER: &str = "tests/c/plugin.c";
 
 fn in_package(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-/// Where to work, unless nothing can be mounted here.
-fn scratch() -> Option<Scratch> {
-    can_mount().then(Scratch::new)
 }
 
 /// Compiles a plugin as anybody would; `more` comes last.
@@ -75,21 +71,6 @@ fn over(transport: IoUring) -> Vec<OsString> {
             "off"
         }
     ]
-}
-
-fn open(path: &Path) -> File {
-    let file = OpenOptions::new().read(true).write(true).open(path);
-    file.unwrap_or_else(|e| panic!("{}: {e}", path.display()))
-}
-
-fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
-    result.unwrap_err().raw_os_error().unwrap()
-}
-
-fn assert_same(a: &[u8], b: &[u8]) {
-    assert_eq!(a.len(), b.len());
-    let differ = a.iter().zip(b).position(|(a, b)| a != b);
-    assert_eq!(differ, None, "first difference");
 }
 
 /// A setting whose value is a path.
@@ -230,7 +211,7 @@ fn what_the_driver_says_of_the_device_is_seen() {
     assert_eq!((metadata.blocks(), metadata.blksize()), (77, 8192));
     assert_eq!(lseek(&file, 5, Whence::SeekHole).unwrap(), 65536);
     drop(file);
-    umount2(&at, MntFlags::empty()).unwrap();
+    unmount(&at, MntFlags::empty());
     assert!(daemon.wait(STOP).status.success());
     let log = lines(&log);
     assert_eq!(log[0], "open read-only");
@@ -338,7 +319,7 @@ fn several_devices_of_plugins_and_images_are_exported_at_once() {
     open(&at[1]).write_all_at(&[9; 1024], 0).unwrap();
     assert_same(&fs::read(&at[2]).unwrap(), &[3; 2048]);
     // One may end before the others.
-    umount2(&at[1], MntFlags::empty()).unwrap();
+    unmount(&at[1], MntFlags::empty());
     eventually("it is unmounted", || !common::is_mounted(&at[1]));
     assert_same(&fs::read(&at[2]).unwrap(), &[3; 2048]);
     daemon.stop();

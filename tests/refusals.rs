@@ -23,16 +23,13 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use alone::{Belongings, alone, own_dir};
-use common::{Handle, Memory, Watchdog, pattern, skip};
+use common::{Handle, Memory, SOON, Watchdog, pattern, skip};
 use hooked::{At, Hooked};
 
 const ENABLE_URING: &str = "/sys/module/fuse/parameters/enable_uring";
 const IO_URING_DISABLED: &str = "/proc/sys/kernel/io_uring_disabled";
 const POSSIBLE_CPUS: &str = "/sys/devices/system/cpu/possible";
 const LENGTH: usize = 100_000;
-/// How long an end may take: an unmount waits for the kernel's RCU, which is
-/// slow on a busy machine.
-const PATIENT: std::time::Duration = std::time::Duration::from_secs(50);
 
 // --- the system -------------------------------------------------------------
 
@@ -183,7 +180,7 @@ impl Place {
         let watchdog = Watchdog::new(&path);
         // The first export makes what the process keeps.
         let first = builder(&path, IoUring::Off).start().unwrap();
-        first.delete(Some(PATIENT)).unwrap();
+        first.delete(Some(SOON)).unwrap();
         take_log();
         Self {
             before: Belongings::now(),
@@ -240,7 +237,7 @@ impl Place {
         file.read_exact_at(&mut data[..4], 5000).unwrap();
         assert_eq!(&data[..4], b"more");
         drop(file);
-        export.delete(Some(PATIENT)).unwrap();
+        export.delete(Some(SOON)).unwrap();
         self.before.are_all();
         take_log();
     }
@@ -421,7 +418,7 @@ fn descriptors_run_out() {
                 let result = start(io_uring);
                 let transport = result.as_ref().map(Export::transport).map_err(Clone::clone);
                 if let Ok(export) = result {
-                    export.delete(Some(PATIENT)).unwrap();
+                    export.delete(Some(SOON)).unwrap();
                 }
                 transport
             });

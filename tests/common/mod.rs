@@ -167,6 +167,19 @@ pub fn abort(path: &Path) {
     }
 }
 
+/// Unmounts what nobody uses any more. A child that another test is starting
+/// may for a moment still hold what this one had open.
+pub fn unmount(at: &Path, flags: MntFlags) {
+    let mut result = umount2(at, flags);
+    eventually("the unmount", || {
+        if result == Err(nix::errno::Errno::EBUSY) {
+            result = umount2(at, flags);
+        }
+        result != Err(nix::errno::Errno::EBUSY)
+    });
+    result.unwrap();
+}
+
 /// Whether something is mounted at `path` (which is not touched).
 pub fn is_mounted(path: &Path) -> bool {
     mount_line(path).is_some()

@@ -164,6 +164,23 @@ pub fn can_mount() -> bool {
     false
 }
 
+/// Where to work, unless nothing can be mounted here.
+pub fn scratch() -> Option<Scratch> {
+    can_mount().then(Scratch::new)
+}
+
+/// Opens an exported file.
+pub fn open(path: &Path) -> File {
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    file.unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+pub fn assert_same(a: &[u8], b: &[u8]) {
+    assert_eq!(a.len(), b.len());
+    let differ = a.iter().zip(b).position(|(a, b)| a != b);
+    assert_eq!(differ, None, "first difference");
+}
+
 /// The daemon's program.
 pub fn blkfused() -> Command {
     Command::new(env!("CARGO_BIN_EXE_blkfused"))

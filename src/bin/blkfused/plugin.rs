@@ -90,7 +90,7 @@ fn split_at_commas(text: &[u8]) -> Vec<Vec<u8>> {
 
 /// A key that the plugin does not know.
 fn unknown(library: &Library, key: &str) -> Failure {
-    let reason = format_args!("unknown key \"{key}\"").to_string();
+    let reason = format!("unknown key \"{key}\"");
     let known: Vec<_> = library
         .keys()
         .map(|known| known.key.to_string_lossy())
