@@ -284,6 +284,9 @@ fn what_a_forked_child_keeps_of_a_dead_host_can_be_unmounted() {
         // Clients may wait now: the child could be one that serves them.
         let file = family.file.try_clone().unwrap();
         let client = thread::spawn(move || read_block(&file).is_err());
+        eventually("the client waits, or is refused", || {
+            client.is_finished() || family.connection.waiting() > 0
+        });
         // The mount stays if the client has it open.
         let _ = umount2(path, MntFlags::MNT_FORCE);
         eventually("the client's read ends", || client.is_finished());
