@@ -177,9 +177,10 @@ impl<T: Transport> Queue<T> {
         self.polling.waited(since.elapsed());
     }
 
-    /// Waits awake; whether there is something to do.
+    /// Waits awake; whether there is something to do. Not while requests are
+    /// not wanted: one that waits would keep it awake.
     fn poll(&mut self, since: Instant) -> bool {
-        if !self.polling.is_worth_it() || !self.transport.may_poll() {
+        if !self.wants_requests || !self.polling.is_worth_it() || !self.transport.may_poll() {
             return false;
         }
         self.flush();
@@ -424,6 +425,24 @@ mod tests {
         let answers: Vec<_> = rig.answers().iter().map(|a| a.unique).collect();
         assert_eq!(answers, sent, "in the order of their arrival");
         assert!(rig.queue.transport().wanted);
+    }
+
+    #[test]
+    fn a_queue_sleeps_through_a_drain_however_close_requests_came() {
+        let mut rig = Rig::new(numbered(8), false);
+        rig.queue.transport().may_poll = true;
+        // The transport says that there is something, so these waits are short.
+        while rig.queue.transport().sleeps == 0 || !rig.queue.polling.is_worth_it() {
+            rig.queue.wait();
+        }
+        let sleeps = rig.queue.transport().sleeps;
+        rig.queue.wait();
+        assert_eq!(rig.queue.transport().sleeps, sleeps, "it waits awake");
+        rig.control.requests.close();
+        read_place(&mut rig, 0);
+        rig.run();
+        rig.queue.wait();
+        assert_eq!(rig.queue.transport().sleeps, sleeps + 1);
     }
 
     #[test]

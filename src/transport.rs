@@ -150,6 +150,10 @@ pub(crate) mod memory {
         pub(crate) wanted: bool,
         /// Jobs are begun and not done.
         pub(crate) holds_jobs: bool,
+        /// Waiting awake may pay.
+        pub(crate) may_poll: bool,
+        /// How often the queue has gone to sleep.
+        pub(crate) sleeps: usize,
         jobs: Vec<Job>,
         #[expect(clippy::vec_box, reason = "slots travel as boxes")]
         free: Vec<Box<Slot>>,
@@ -165,6 +169,8 @@ pub(crate) mod memory {
                 gone: false,
                 wanted: true,
                 holds_jobs: false,
+                may_poll: false,
+                sleeps: 0,
                 jobs: Vec::new(),
                 free: (0..slots)
                     .map(|_| Box::new(Slot::new(capacity).unwrap()))
@@ -253,7 +259,12 @@ pub(crate) mod memory {
             Ok(())
         }
 
+        fn may_poll(&self) -> bool {
+            self.may_poll
+        }
+
         fn wait(&mut self) -> Result<(), Error> {
+            self.sleeps += 1;
             Ok(())
         }
 

@@ -22,7 +22,9 @@ use blkfuse::{Event, Export, LATENCY_BUCKETS, OpKind, State, Stop};
 use memmap2::MmapMut;
 use nix::mount::{MntFlags, MsFlags, umount2};
 
-use alone::{Belongings, alone, assert_rests, own_dir, resident_kib, wait_for_rest};
+use alone::{
+    Belongings, WATCHED, alone, assert_rests, cpu_time_in, own_dir, resident_kib, wait_for_rest,
+};
 use common::{
     Call, Handle, Memory, Mounted, SOON, Watchdog, eventually, for_queues, is_mounted, pattern,
 };
@@ -336,6 +338,42 @@ fn nothing_spins_after_an_abort_with_requests_held() {
             assert_rests("aborted");
             m.delete();
             assert_eq!(unmounted(&m.driver), 1);
+        });
+    });
+}
+
+#[test]
+fn nothing_spins_in_a_drain_that_comes_amid_load() {
+    alone("nothing_spins_in_a_drain_that_comes_amid_load", || {
+        for_queues(|queues| {
+            let mut m = Mounted::fixed(4 * BLOCK, queues);
+            let over = AtomicBool::new(false);
+            let done = AtomicUsize::new(0);
+            let mut used = Duration::ZERO;
+            thread::scope(|scope| {
+                for client in 0..4 {
+                    let (file, over, done) = (m.open(false), &over, &done);
+                    scope.spawn(move || {
+                        let mut data = [0; BLOCK];
+                        while !over.load(SeqCst) {
+                            let offset = (client * BLOCK) as u64;
+                            file.read_exact_at(&mut data, offset).unwrap();
+                            done.fetch_add(1, SeqCst);
+                        }
+                    });
+                }
+                // Requests that come close upon each other are waited for awake.
+                for round in 1..=5 {
+                    eventually("there is load", || done.load(SeqCst) > round * 2000);
+                    m.export().drain_begin().unwrap();
+                    eventually("it is drained", || !m.export().drain_poll());
+                    used = used.max(cpu_time_in(WATCHED));
+                    m.export().drain_end().unwrap();
+                }
+                over.store(true, SeqCst);
+            });
+            assert!(used < WATCHED / 5, "{used:?} of CPU in {WATCHED:?}");
+            m.delete();
         });
     });
 }
