@@ -25,8 +25,8 @@ use crate::error::{Error, Result};
 use crate::forward::Port;
 use crate::jobring::JobRing;
 use crate::protocol::{
-    Agreement, InHeader, InitReply, NotifyInvalInodeOut, NotifyStoreOut, OPERATION_SIZE, Offer,
-    OutHeader, ROOT_ID, negotiate, notify, opcode, operation_size,
+    Agreement, InHeader, InitReply, NotifyInvalInodeOut, NotifyRetrieveOut, NotifyStoreOut,
+    OPERATION_SIZE, Offer, OutHeader, ROOT_ID, negotiate, notify, opcode, operation_size,
 };
 use crate::ring::Ring;
 use crate::seat::SeatedThread;
@@ -248,6 +248,23 @@ fn store_zero(device: BorrowedFd<'_>, offset: u64) -> nix::Result<()> {
         padding: 0,
     };
     notify(device, notify::STORE, &[store.as_bytes(), &[0]].concat())
+}
+
+/// What the kernel is to call the request that it is asked for: a number that
+/// it gives no other.
+const ASKED_FOR: u64 = 1 << 62;
+
+/// Has the kernel send a request that nobody waits for and that does not count
+/// as a background request: NOTIFY_REPLY, with none of the file's bytes.
+pub(crate) fn ask_for_a_request(device: BorrowedFd<'_>) -> nix::Result<()> {
+    let retrieve = NotifyRetrieveOut {
+        unique: ASKED_FOR,
+        nodeid: ROOT_ID,
+        offset: 0,
+        size: 0,
+        padding: 0,
+    };
+    notify(device, notify::RETRIEVE, retrieve.as_bytes())
 }
 
 /// One queue's connection to /dev/fuse.

@@ -240,12 +240,12 @@ impl Mounting {
         self.others
     }
 
-    /// Begins to use the mounted file, from a child process and on `cpu` if one
-    /// is given, which shows whether the connection is served.
-    pub(crate) fn probe(&self, cpu: Option<usize>) -> Result<Probe> {
+    /// Begins to be a client, from a child process, which shows whether the
+    /// connection is served.
+    pub(crate) fn probe(&self) -> Result<Probe> {
         match &self.stage {
-            Stage::Detached { tree, .. } => Probe::of_detached(tree.as_fd(), cpu),
-            Stage::Visible(mount) => Probe::of_visible(mount.get().path(), cpu),
+            Stage::Detached { tree, .. } => Probe::of_detached(tree.as_fd()),
+            Stage::Visible(mount) => Probe::of_visible(mount.get().path()),
         }
     }
 

@@ -53,6 +53,7 @@ pub(crate) mod opcode {
     pub(crate) const DESTROY: u32 = 38;
     pub(crate) const IOCTL: u32 = 39;
     pub(crate) const POLL: u32 = 40;
+    pub(crate) const NOTIFY_REPLY: u32 = 41;
     pub(crate) const BATCH_FORGET: u32 = 42;
     pub(crate) const FALLOCATE: u32 = 43;
     pub(crate) const READDIRPLUS: u32 = 44;
@@ -105,6 +106,7 @@ pub(crate) mod set {
 pub(crate) mod notify {
     pub(crate) const INVAL_INODE: i32 = 2;
     pub(crate) const STORE: i32 = 4;
+    pub(crate) const RETRIEVE: i32 = 5;
 }
 
 macro_rules! abi {
@@ -165,6 +167,7 @@ abi! {
     }
     NotifyInvalInodeOut { ino: u64, off: i64, len: i64 }
     NotifyStoreOut { nodeid: u64, offset: u64, size: u32, padding: u32 }
+    NotifyRetrieveOut { unique: u64, nodeid: u64, offset: u64, size: u32, padding: u32 }
 }
 
 impl OutHeader {
@@ -197,7 +200,7 @@ pub(crate) fn operation_size(op: u32) -> usize {
         opcode::FORGET | opcode::BATCH_FORGET | opcode::LINK | opcode::RENAME => 8,
         opcode::SETXATTR | opcode::GETXATTR | opcode::LISTXATTR => 8,
         opcode::IOCTL | opcode::FALLOCATE => 32,
-        opcode::GETLK | opcode::SETLK | opcode::SETLKW => 48,
+        opcode::GETLK | opcode::SETLK | opcode::SETLKW | opcode::NOTIFY_REPLY => 48,
         opcode::COPY_FILE_RANGE | opcode::COPY_FILE_RANGE_64 => 56,
         opcode::INIT => size_of::<InitIn>(),
         _ => 0,
@@ -416,6 +419,7 @@ mod tests {
         assert_eq!(size_of::<StatfsOut>(), 80);
         assert_eq!(size_of::<NotifyInvalInodeOut>(), 24);
         assert_eq!(size_of::<NotifyStoreOut>(), 24);
+        assert_eq!(size_of::<NotifyRetrieveOut>(), 32);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! A thread that may be told where to run, within what it was allowed at
 //! first.
 
+use std::{io, thread};
+
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
@@ -55,6 +57,21 @@ impl SeatedThread {
         // kernel refuses.
         let _ = sched_setaffinity(THIS, if some { &cpus } else { &self.allowed });
     }
+}
+
+/// Runs `f` in a thread of its own on one CPU, if it may run there.
+pub(crate) fn on_cpu<T: Send>(cpu: usize, f: impl FnOnce() -> T + Send) -> io::Result<T> {
+    let pinned = || {
+        let mut cpus = CpuSet::new();
+        let _ = cpus.set(cpu).and_then(|()| sched_setaffinity(THIS, &cpus));
+        f()
+    };
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().spawn_scoped(scope, pinned)?;
+        thread
+            .join()
+            .map_err(|_| io::Error::other("a thread panicked"))
+    })
 }
 
 /// The number of a CPU that the calling thread may run on.

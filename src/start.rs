@@ -124,18 +124,16 @@ pub(crate) fn start<D: BlockDriver>(
         connection.device.clone(),
         queues,
     ));
-    let anchored_at = seat::some_cpu();
     let slots = plan.as_ref().map_or(legacy::SLOTS, uring::slots);
     let wakeups = (0..queues)
         .map(|_| Wakeups::new(slots).map(Arc::new))
         .collect::<nix::Result<Box<[_]>>>()
         .map_err(|e| Error::from_io("cannot make an eventfd", &e.into()))?;
-    let share = plan.map(|plan| Arc::new(Share::new(plan, anchored_at, &wakeups)));
+    let share = plan.map(|plan| Arc::new(Share::new(plan, seat::some_cpu(), &wakeups)));
     let threads = QueueThreads::start(&shared, &driver, share.as_ref(), wakeups, slots)?;
     let began = Beginning {
         choice,
         threads: &threads,
-        probe_at: anchored_at,
         backing,
     }
     .run(&connection, share)
@@ -348,8 +346,6 @@ impl Connection {
 struct Beginning<'a> {
     choice: Choice<'a>,
     threads: &'a QueueThreads,
-    /// The CPU to be a client on.
-    probe_at: usize,
     /// What the kernel is to read by itself.
     backing: Option<BorrowedFd<'a>>,
 }
@@ -393,6 +389,7 @@ impl Beginning<'_> {
             refused => refused.or(untaken),
         };
         let Some(why) = why else {
+            share.drop_anchor(connection.device.as_fd());
             return Ok(Carrier::Rings(share.plan()));
         };
         self.fall_back(&connection.device, &share)?;
@@ -406,7 +403,7 @@ impl Beginning<'_> {
         self.threads.order(Order::Prepare);
         let mut lack = self.threads.outcome()?;
         if let (None, Some(mounting)) = (&lack, &connection.mounting) {
-            match mounting.probe(Some(self.probe_at)) {
+            match mounting.probe() {
                 Ok(begun) => *probe = Some(begun),
                 Err(why) if self.choice.config.io_uring == IoUring::On => {
                     log::info!("io_uring is not tried: {why}");

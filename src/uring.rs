@@ -22,8 +22,11 @@
 //! before any ring is closed (control.rs), and each ring's thread enters the
 //! kernel once more (ring.rs). And against an end without order
 //! there is the *anchor*: one entry that we keep for as long as the connection
-//! lives, in that its request is never answered. It is a RELEASE, which
-//! nobody waits for.
+//! lives, in that its request is never answered. It is one that we ask for,
+//! and not any that nobody waits for: a RELEASE is a background request, and
+//! when there are many of those the kernel holds them back until one of the
+//! same queue ends, unless none is under way there. With one that never ends
+//! it would hold them back for ever.
 //!
 //! **/dev/fuse** goes on beside it: FORGET, INTERRUPT, and what was asked
 //! before the kernel switched come by it. The first queue reads it.
@@ -48,7 +51,7 @@ use crate::plan::Plan;
 use crate::protocol::{InHeader, OPERATION_SIZE, OutHeader, opcode};
 use crate::region::{self, Piece};
 use crate::ring::{COMMAND_BODY, Command, Completion, Ring};
-use crate::seat::SeatedThread;
+use crate::seat::{self, SeatedThread};
 use crate::slot::{FRONT, Reply, RingOrigin, Slot};
 use crate::transport::{Fetched, Transport};
 use crate::wakeups::Wakeups;
@@ -107,13 +110,11 @@ pub(crate) struct Share {
 struct Anchor {
     /// The kernel queue that has an entry more for it.
     spared_by: usize,
-    /// One is still to be had.
-    wanted: AtomicBool,
     slot: Mutex<Option<Box<Slot>>>,
 }
 
 impl Share {
-    /// `anchored_at`: the kernel queue that a RELEASE is sure to come by.
+    /// `anchored_at`: the kernel queue that is to have the anchor.
     pub(crate) fn new(plan: Plan, anchored_at: usize, wakeups: &[Arc<Wakeups>]) -> Self {
         Self {
             plan,
@@ -121,9 +122,16 @@ impl Share {
             switched: AtomicBool::new(false),
             anchor: Anchor {
                 spared_by: anchored_at,
-                wanted: AtomicBool::new(true),
                 slot: Mutex::new(None),
             },
+        }
+    }
+
+    /// Asks the kernel, which has taken the rings for ready, for the anchor.
+    pub(crate) fn drop_anchor(&self, device: BorrowedFd<'_>) {
+        let asked = seat::on_cpu(self.anchor.spared_by, || legacy::ask_for_a_request(device));
+        if let Err(error) = asked.and_then(|asked| asked.map_err(io::Error::from)) {
+            log::debug!("io_uring: no anchor: {error}");
         }
     }
 
@@ -163,17 +171,17 @@ pub(crate) fn slots(plan: &Plan) -> usize {
 }
 
 impl Anchor {
-    /// Keeps the entry of an answered RELEASE if one is wanted; only where there
-    /// is one to spare, or those that come by that queue might have none.
+    /// Keeps an entry, one of one kernel queue: only there is one to spare, and
+    /// those that come by another queue might have none.
     fn keep(&self, slot: Box<Slot>) -> Option<Box<Slot>> {
         let can_be_spared = slot
             .ring
             .is_some_and(|ring| usize::from(ring.kernel_queue) == self.spared_by);
-        let is_release = slot.header.opcode == opcode::RELEASE;
-        if !can_be_spared || !is_release || !self.wanted.swap(false, Relaxed) {
+        let mut kept = self.slot.lock();
+        if !can_be_spared || kept.is_some() {
             return Some(slot);
         }
-        *self.slot.lock() = Some(slot);
+        *kept = Some(slot);
         None
     }
 }
@@ -369,6 +377,9 @@ impl Uring {
                     self.distrusted(slot);
                     return Err(Error::new(libc::EPROTO, "a FUSE entry makes no sense"));
                 }
+                if slot.header.opcode == opcode::NOTIFY_REPLY {
+                    return self.anchor(slot);
+                }
                 self.arrived.push_back(slot);
                 self.in_hand += 1;
                 Ok(())
@@ -394,6 +405,17 @@ impl Uring {
     /// Whether the kernel was told an answer with the entry, not registered it.
     fn is_answer(&self, key: usize) -> bool {
         self.in_kernel[key].ring.is_some_and(|r| r.commit_id != 0)
+    }
+
+    /// The request that was asked for has come.
+    fn anchor(&mut self, slot: Box<Slot>) -> Result<()> {
+        match self.share.anchor.keep(slot) {
+            Some(mut slot) => {
+                slot.reply = Reply::Payload(0);
+                self.answer(slot)
+            }
+            None => Ok(()),
+        }
     }
 
     /// Answers what makes no sense, so that nobody waits for it.
@@ -580,9 +602,6 @@ impl Transport for Uring {
         self.count(&slot);
         let in_hand = self.in_hand;
         self.in_hand -= 1;
-        let Some(slot) = self.share.anchor.keep(slot) else {
-            return Ok(());
-        };
         let exchange = &self.share.exchange;
         match exchange.hand_over(slot, self.queue, in_hand, self.placement) {
             Some(slot) => self.answer(slot),

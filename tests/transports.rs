@@ -9,6 +9,8 @@ mod common;
 mod hosted;
 
 use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -16,6 +18,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use blkfuse::{Export, OpKind};
+use memmap2::MmapMut;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 
 use alone::{Belongings, alone, own_dir, resident_kib};
 use common::{
@@ -267,5 +272,70 @@ fn starts_and_deletions_leave_nothing() {
             let (median, last) = (starts[starts.len() / 2], starts[starts.len() - 1]);
             eprintln!("{transport:?}: a start takes {median:?}, at most {last:?}; {more} KiB more");
         });
+    });
+}
+
+/// Writes the first block back and waits for that, which fsync(2) would not
+/// begin before another one has ended.
+fn write_first_back(file: &File) {
+    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
+        | libc::SYNC_FILE_RANGE_WRITE
+        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: the call touches no memory of this process.
+    let result = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, BLOCK as i64, flags) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+}
+
+/// Runs `f` on one CPU.
+fn on_cpu(cpu: usize, f: impl FnOnce()) {
+    let mut cpus = CpuSet::new();
+    cpus.set(cpu).unwrap();
+    sched_setaffinity(Pid::from_raw(0), &cpus).unwrap();
+    f();
+}
+
+/// The kernel limits how many requests that nobody waits for are under way, for
+/// all CPUs together; what it has held back of one CPU goes on only with the
+/// end of another one of that CPU.
+#[test]
+fn what_one_cpu_writes_back_does_not_hold_up_another() {
+    const PAGES: usize = 1024;
+    let cpus = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    let cpus: Vec<_> = (0..CpuSet::count())
+        .filter(|cpu| cpus.is_set(*cpu).unwrap())
+        .collect();
+    let (first, last) = (cpus[0], cpus[cpus.len() - 1]);
+    for_transports_and_queues(|transport, queues| {
+        for (many, one) in [(first, last), (last, first)] {
+            let m = Mounted::with(Memory::patterned(PAGES * BLOCK), queues, |b| {
+                b.io_uring(transport)
+            });
+            let connections = Connections::new();
+            let connection = connections.of(&m.path);
+            let file = m.open(true);
+            // SAFETY: nobody else changes the file while references exist.
+            let mut map = unsafe { MmapMut::map_mut(&file) }.unwrap();
+            // A page that is there needs no read to be changed.
+            let before = map.to_vec();
+            m.driver.hold();
+            // More than may be under way, each page by itself.
+            (2..PAGES)
+                .step_by(2)
+                .for_each(|page| map[page * BLOCK] ^= 1);
+            thread::scope(|scope| {
+                scope.spawn(|| on_cpu(many, || file.sync_all().unwrap()));
+                eventually("many wait", || connection.waiting() >= PAGES / 2 - 1);
+                map[0] ^= 1;
+                let waiting = connection.waiting();
+                scope.spawn(|| on_cpu(one, || write_first_back(&file)));
+                eventually("one more waits", || connection.waiting() > waiting);
+                m.driver.release();
+            });
+            let written = m.driver.bytes();
+            for page in 0..PAGES {
+                let changed = before[page * BLOCK] ^ u8::from(page % 2 == 0);
+                assert_eq!(written[page * BLOCK], changed, "page {page}");
+            }
+        }
     });
 }
