@@ -992,45 +992,47 @@ fn an_image_may_be_another_exports_file() {
 
 #[test]
 fn statistics_tell_what_was_done() {
-    for_queues(|queues| {
-        let m = Mounted::fixed(16 * BLOCK, queues);
-        let file = m.open(true);
-        let mut data = [0; BLOCK];
-        for block in 0..10 {
-            file.read_exact_at(&mut data, block * BLOCK as u64).unwrap();
-        }
-        for block in 0..6 {
-            file.write_all_at(&data, block * BLOCK as u64).unwrap();
-        }
-        file.sync_all().unwrap();
-        m.driver.fail_if(|call, _, _| {
-            (call == Call::Read).then(|| io::Error::from_raw_os_error(libc::EREMOTEIO))
+    alone("statistics_tell_what_was_done", || {
+        for_queues(|queues| {
+            let m = Mounted::fixed(16 * BLOCK, queues);
+            let file = m.open(true);
+            let mut data = [0; BLOCK];
+            for block in 0..10 {
+                file.read_exact_at(&mut data, block * BLOCK as u64).unwrap();
+            }
+            for block in 0..6 {
+                file.write_all_at(&data, block * BLOCK as u64).unwrap();
+            }
+            file.sync_all().unwrap();
+            m.driver.fail_if(|call, _, _| {
+                (call == Call::Read).then(|| io::Error::from_raw_os_error(libc::EREMOTEIO))
+            });
+            assert_eq!(os_error(file.read_at(&mut data, 0)), libc::EREMOTEIO);
+            m.driver.fail_never();
+            let stats = m.export().stats();
+            let reads = stats.of(OpKind::Read);
+            assert_eq!((reads.operations, reads.errors), (11, 1));
+            assert_eq!(reads.bytes, 10 * BLOCK as u64);
+            let writes = stats.of(OpKind::Write);
+            assert_eq!((writes.operations, writes.errors), (6, 0));
+            assert_eq!(writes.bytes, 6 * BLOCK as u64);
+            assert_eq!(stats.of(OpKind::Flush).operations, 1);
+            assert_eq!(stats.latency.iter().sum::<u64>(), 17);
+            m.driver.hold();
+            let reads: Vec<_> = (0..3).map(|i| read_in_thread(m.open(false), i)).collect();
+            m.driver.wait_for_held(3);
+            assert_eq!(m.export().stats().in_flight, 3);
+            thread::sleep(Duration::from_millis(20));
+            m.driver.release();
+            for read in reads {
+                read.recv_timeout(SOON).unwrap().unwrap();
+            }
+            let stats = m.export().stats();
+            assert_eq!(stats.latency.iter().sum::<u64>(), 20);
+            // At least three took more than 2^24 nanoseconds, 16 ms.
+            assert!(stats.latency[24..LATENCY_BUCKETS].iter().sum::<u64>() >= 3);
+            eventually("nothing is in flight", || m.export().stats().in_flight == 0);
         });
-        assert_eq!(os_error(file.read_at(&mut data, 0)), libc::EREMOTEIO);
-        m.driver.fail_never();
-        let stats = m.export().stats();
-        let reads = stats.of(OpKind::Read);
-        assert_eq!((reads.operations, reads.errors), (11, 1));
-        assert_eq!(reads.bytes, 10 * BLOCK as u64);
-        let writes = stats.of(OpKind::Write);
-        assert_eq!((writes.operations, writes.errors), (6, 0));
-        assert_eq!(writes.bytes, 6 * BLOCK as u64);
-        assert_eq!(stats.of(OpKind::Flush).operations, 1);
-        assert_eq!(stats.latency.iter().sum::<u64>(), 17);
-        m.driver.hold();
-        let reads: Vec<_> = (0..3).map(|i| read_in_thread(m.open(false), i)).collect();
-        m.driver.wait_for_held(3);
-        assert_eq!(m.export().stats().in_flight, 3);
-        thread::sleep(Duration::from_millis(20));
-        m.driver.release();
-        for read in reads {
-            read.recv_timeout(SOON).unwrap().unwrap();
-        }
-        let stats = m.export().stats();
-        assert_eq!(stats.latency.iter().sum::<u64>(), 20);
-        // At least three took more than 2^24 nanoseconds, 16 ms.
-        assert!(stats.latency[24..LATENCY_BUCKETS].iter().sum::<u64>() >= 3);
-        eventually("nothing is in flight", || m.export().stats().in_flight == 0);
     });
 }
 
