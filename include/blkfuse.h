@@ -19,14 +19,13 @@
  *   error_message               speaks of the calling thread
  * No function but blkfuse_export_drain(), _start(), _stop(), _delete() and
  * _delete_wait() waits for anything. The library installs no signal handlers,
- * prints nothing, changes nothing of the process, and opens everything
- * close-on-exec.
+ * prints nothing, and opens everything close-on-exec.
  *
- * fork(): a child that executes another program has nothing of an export. One
- * that does not has copies of its descriptors, and must not call the library. It
- * does not keep what the host stops or deletes; but if the host is killed, the
- * clients wait until such a child has ended, too, or until the file is unmounted
- * by force (umount -f).
+ * fork(): a child has nothing of the exports, whether it executes another program
+ * or not (it closes their descriptors before fork() returns), and must not call
+ * the library. Only one that is made past the C library, by the system call
+ * clone() itself, has copies. It does not keep what the host stops or deletes;
+ * but if the host is killed, the clients wait until that child has ended, too.
  *
  * Licence: MIT OR Apache-2.0. Generated from src/capi; do not edit.
  */

@@ -27,6 +27,7 @@ use crate::passthrough::Backing;
 use crate::protocol::Agreement;
 use crate::start::{self, Carrier};
 use crate::stats::{AllStats, Stats};
+use crate::unforked::FuseDevice;
 
 /// How long a stop waits for the unmounting that it began. It takes longer
 /// only if the driver must first write what clients left in the page cache.
@@ -211,7 +212,7 @@ pub(crate) struct Shared {
     pub(crate) agreement: Agreement,
     /// The connection's first descriptor; closed with the last queue, which
     /// ends the connection.
-    device: Mutex<Option<Arc<OwnedFd>>>,
+    device: Mutex<Option<Arc<FuseDevice>>>,
     /// What the kernel reads by itself; closed before `device`.
     backing: Mutex<Option<Backing>>,
     /// Threads of queues that have not ended.
@@ -234,7 +235,7 @@ impl Shared {
         control: Control,
         file: File,
         agreement: Agreement,
-        device: Arc<OwnedFd>,
+        device: Arc<FuseDevice>,
         queues: usize,
     ) -> Self {
         Self {
@@ -258,12 +259,12 @@ impl Shared {
 
     /// A descriptor for one queue: its own, or the shared one where /dev/fuse
     /// cannot be opened.
-    pub(crate) fn queue_device(&self) -> Result<Arc<OwnedFd>> {
+    pub(crate) fn queue_device(&self) -> Result<Arc<FuseDevice>> {
         let device = self.device.lock().clone();
         let device =
             device.ok_or_else(|| Error::new(libc::ENOTCONN, "the connection has ended"))?;
         match legacy::clone_device(device.as_fd()) {
-            Ok(clone) => Ok(Arc::new(clone)),
+            Ok(clone) => Ok(Arc::new(clone.into())),
             Err(e) => {
                 log::debug!("queues share one FUSE descriptor: {e}");
                 Ok(device)

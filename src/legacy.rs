@@ -32,6 +32,7 @@ use crate::ring::Ring;
 use crate::seat::SeatedThread;
 use crate::slot::{Reply, Slot};
 use crate::transport::{Fetched, Transport};
+use crate::unforked::FuseDevice;
 use crate::wakeups::Wakeups;
 
 /// The unit of the kernel's page cache.
@@ -269,7 +270,7 @@ pub(crate) fn ask_for_a_request(device: BorrowedFd<'_>) -> nix::Result<()> {
 
 /// One queue's connection to /dev/fuse.
 pub(crate) struct Legacy {
-    device: Arc<OwnedFd>,
+    device: Arc<FuseDevice>,
     epoll: Epoll,
     wakeups: Arc<Wakeups>,
     jobs: JobRing,
@@ -293,7 +294,7 @@ impl Legacy {
     /// `device` is made non-blocking. It is not watched before requests are
     /// [wanted](Transport::want_requests).
     pub(crate) fn new(
-        device: Arc<OwnedFd>,
+        device: Arc<FuseDevice>,
         wakeups: Arc<Wakeups>,
         max_request: usize,
     ) -> nix::Result<Self> {

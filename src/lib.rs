@@ -110,6 +110,7 @@ mod sync;
 mod system;
 mod task;
 mod transport;
+mod unforked;
 mod uring;
 mod wakeups;
 

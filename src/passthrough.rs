@@ -6,7 +6,7 @@
 //! and `iomode.c`; it wants one mode, and one backing file, for all opens of
 //! an inode.
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -14,6 +14,7 @@ use nix::sys::stat::{SFlag, fstat};
 use nix::sys::statfs::{ECRYPTFS_SUPER_MAGIC, FUSE_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC, fstatfs};
 
 use crate::error::{Error, Result};
+use crate::unforked::FuseDevice;
 
 mod ioctl {
     /// `struct fuse_backing_map`.
@@ -41,14 +42,14 @@ pub(crate) type BackingId = i32;
 /// takes that back for opens to come; who has the file open keeps it.
 #[derive(Debug)]
 pub(crate) struct Backing {
-    device: Arc<OwnedFd>,
+    device: Arc<FuseDevice>,
     id: BackingId,
 }
 
 impl Backing {
     /// Registers `file` with the connection of `device`, which has agreed to
     /// passthrough.
-    pub(crate) fn open(device: Arc<OwnedFd>, file: BorrowedFd<'_>) -> Result<Self> {
+    pub(crate) fn open(device: Arc<FuseDevice>, file: BorrowedFd<'_>) -> Result<Self> {
         let map = ioctl::BackingMap {
             fd: file.as_raw_fd(),
             flags: 0,

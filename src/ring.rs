@@ -19,6 +19,8 @@ use io_uring::squeue::Entry128;
 use io_uring::{IoUring, cqueue, opcode, types};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::unforked::Unforked;
+
 /// The most entries that are queued before they are submitted.
 const SUBMISSIONS: u32 = 256;
 /// How much of what it has to do for a thread the kernel does at once, if that
@@ -104,6 +106,8 @@ type Builder = io_uring::Builder<Entry128, cqueue::Entry>;
 
 /// An io_uring.
 pub(crate) struct Ring {
+    // Dropped, and so forgotten, before the ring is closed.
+    _unforked: Unforked,
     inner: IoUring<Entry128, cqueue::Entry>,
     /// How many entries may be in the kernel.
     most: u32,
@@ -138,7 +142,10 @@ impl Ring {
             .setup_cqsize(completions);
         run_tasks(&mut builder);
         let inner = builder.build(SUBMISSIONS)?;
+        // SAFETY: the ring's descriptor is open as long as the ring is borrowed.
+        let fd = unsafe { BorrowedFd::borrow_raw(inner.as_raw_fd()) };
         Ok(Self {
+            _unforked: Unforked::new(fd),
             inner,
             most: completions,
         })

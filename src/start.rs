@@ -21,7 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::SigSet;
 
@@ -43,6 +43,7 @@ use crate::seat;
 use crate::system::System;
 use crate::task::Tasks;
 use crate::transport::Transport;
+use crate::unforked::FuseDevice;
 use crate::uring::{self, Prepared, Share};
 use crate::wakeups::Wakeups;
 
@@ -53,6 +54,8 @@ const MIN_BACKGROUND: usize = 256;
 const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the rings may take to bring a first request.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the kernel may take to send what it was asked for.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// By what an export's requests come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -275,7 +278,7 @@ impl Choice<'_> {
 
 /// A connection whose INIT was read and is not answered.
 struct Connection {
-    device: Arc<OwnedFd>,
+    device: Arc<FuseDevice>,
     /// To be attached; `None` if somebody else did the mounting.
     mounting: Option<Mounting>,
     init: Init,
@@ -324,7 +327,7 @@ impl Connection {
         let (init, agreement) =
             Init::receive(device.as_fd(), &offer, INIT_TIMEOUT).map_err(|e| named(config, e))?;
         Ok(Self {
-            device: Arc::new(device),
+            device: Arc::new(device.into()),
             mounting,
             init,
             offer,
@@ -380,16 +383,19 @@ impl Beginning<'_> {
         self.threads.order(Order::Register);
         let refused = self.threads.outcome()?;
         let untaken = probe.as_mut().and_then(|probe| untaken(probe, &share));
+        let device = connection.device.as_fd();
         let why = match refused {
             // Each CPU has an entry at least, and there is no way back.
-            Some(why) if share.has_switched() => {
+            Some(why) if has_switched_all_the_same(device, &share) => {
                 log::warn!("{}: {why}; the others serve", self.choice.config.name());
                 None
             }
             refused => refused.or(untaken),
         };
         let Some(why) = why else {
-            share.drop_anchor(connection.device.as_fd());
+            if share.has_switched() {
+                share.drop_anchor(device);
+            }
             return Ok(Carrier::Rings(share.plan()));
         };
         self.fall_back(&connection.device, &share)?;
@@ -418,7 +424,7 @@ impl Beginning<'_> {
     }
 
     /// Has the kernel and the queues return to /dev/fuse.
-    fn fall_back(&self, device: &OwnedFd, share: &Share) -> Result<()> {
+    fn fall_back(&self, device: &FuseDevice, share: &Share) -> Result<()> {
         uring::give_up(device.as_fd())
             .map_err(|e| Error::from_io("cannot return to /dev/fuse", &e))?;
         // What has switched does not go back.
@@ -443,6 +449,20 @@ fn untaken(probe: &mut Probe, share: &Share) -> Option<Error> {
         _ => "the kernel does not send requests through the rings",
     };
     Some(Error::new(libc::ETIMEDOUT, text))
+}
+
+/// Whether the kernel uses the rings, though it has refused an entry of theirs.
+/// The probe may have come before the last one was registered; what is asked
+/// for now comes through the rings, if anything does.
+fn has_switched_all_the_same(device: BorrowedFd<'_>, share: &Share) -> bool {
+    if !share.has_switched() {
+        share.drop_anchor(device);
+    }
+    let end = Instant::now() + ANSWER_TIMEOUT;
+    while !share.has_switched() && Instant::now() < end {
+        thread::sleep(Duration::from_millis(1));
+    }
+    share.has_switched()
 }
 
 /// What a queue's thread is told.

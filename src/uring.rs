@@ -110,6 +110,7 @@ pub(crate) struct Share {
 struct Anchor {
     /// The kernel queue that has an entry more for it.
     spared_by: usize,
+    asked_for: AtomicBool,
     slot: Mutex<Option<Box<Slot>>>,
 }
 
@@ -122,13 +123,18 @@ impl Share {
             switched: AtomicBool::new(false),
             anchor: Anchor {
                 spared_by: anchored_at,
+                asked_for: AtomicBool::new(false),
                 slot: Mutex::new(None),
             },
         }
     }
 
-    /// Asks the kernel, which has taken the rings for ready, for the anchor.
+    /// Asks the kernel, which has taken the rings for ready, for the anchor;
+    /// once, since an answer to a second one would be taken for the first one's.
     pub(crate) fn drop_anchor(&self, device: BorrowedFd<'_>) {
+        if self.anchor.asked_for.swap(true, Relaxed) {
+            return;
+        }
         let asked = seat::on_cpu(self.anchor.spared_by, || legacy::ask_for_a_request(device));
         if let Err(error) = asked.and_then(|asked| asked.map_err(io::Error::from)) {
             log::debug!("io_uring: no anchor: {error}");

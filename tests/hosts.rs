@@ -19,7 +19,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use blkfuse::IoUring;
-use nix::mount::{MntFlags, umount2};
+use nix::mount::MntFlags;
 
 use common::client::{errno, fallocate, have, run, seek};
 use common::{SOON, Watchdog, eventually, for_transports, is_mounted, pattern, skip, unmount};
@@ -184,18 +184,18 @@ struct Family {
 }
 
 impl Family {
-    /// `kind` of child: one that goes on ("fork") or becomes another program
-    /// ("exec").
+    /// `kind` of child: one that goes on ("fork"), that becomes another program
+    /// ("exec"), or that was made past the C library ("clone").
     fn start(program: &Path, path: &Path, transport: IoUring, kind: &str) -> Self {
         let value = format!("{transport:?}").to_lowercase();
         let mut command = Command::new(program);
         command.arg(path).args(["2", &value, kind]);
         let host = Running::start(command.stdin(Stdio::piped()));
         let child = host.line(PATIENCE).parse().unwrap();
-        if kind == "exec" {
-            eventually("the child has nothing", || !serves(&descriptors(child)));
-        } else {
+        if kind == "clone" {
             assert!(serves(&descriptors(child)));
+        } else {
+            eventually("the child has nothing", || !serves(&descriptors(child)));
         }
         let file = File::open(path).unwrap();
         assert!(read_block(&file).is_ok());
@@ -232,7 +232,7 @@ fn descriptors(process: u32) -> Vec<String> {
 
 /// Whether descriptors of an export are among them.
 fn serves(descriptors: &[String]) -> bool {
-    let kinds = ["/dev/fuse", "anon_inode:[io_uring]", "anon_inode:[eventfd]"];
+    let kinds = ["/dev/fuse", "anon_inode:[io_uring]"];
     descriptors.iter().any(|d| kinds.contains(&d.as_str()))
 }
 
@@ -254,7 +254,7 @@ fn for_families(kinds: &[&str], test: impl Fn(Family, &Path)) {
 
 #[test]
 fn a_child_does_not_keep_a_deleted_export() {
-    for_families(&["fork", "exec"], |mut family, path| {
+    for_families(&["fork", "exec", "clone"], |mut family, path| {
         family.host.signal(libc::SIGUSR1);
         assert_eq!(family.host.line(SOON), "deleted");
         assert!(!is_mounted(path));
@@ -270,34 +270,29 @@ fn a_child_does_not_keep_a_deleted_export() {
 }
 
 #[test]
-fn a_child_that_runs_another_program_does_not_keep_a_dead_hosts_clients() {
-    for_families(&["exec"], |mut family, _| {
+fn a_child_does_not_keep_a_dead_hosts_clients() {
+    for_families(&["fork", "exec"], |mut family, path| {
+        let clients: Vec<_> = (0..4)
+            .map(|_| {
+                let file = family.file.try_clone().unwrap();
+                thread::spawn(move || while read_block(&file).is_ok() {})
+            })
+            .collect();
         family.kill_host();
+        for client in clients {
+            eventually("a client's error", || client.is_finished());
+            client.join().unwrap();
+        }
         family.fails();
+        drop(family.file);
+        unmount(path, MntFlags::empty());
+        eventually("the connection goes", || !family.connection.exists());
     });
 }
 
 #[test]
-fn what_a_forked_child_keeps_of_a_dead_host_can_be_unmounted() {
-    for_families(&["fork"], |mut family, path| {
-        family.kill_host();
-        // Clients may wait now: the child could be one that serves them.
-        let file = family.file.try_clone().unwrap();
-        let client = thread::spawn(move || read_block(&file).is_err());
-        eventually("the client waits, or is refused", || {
-            client.is_finished() || family.connection.waiting() > 0
-        });
-        // The mount stays if the client has it open.
-        let _ = umount2(path, MntFlags::MNT_FORCE);
-        eventually("the client's read ends", || client.is_finished());
-        assert!(client.join().unwrap());
-        family.fails();
-    });
-}
-
-#[test]
-fn what_a_forked_child_keeps_of_a_dead_host_ends_with_it() {
-    for_families(&["fork"], |mut family, path| {
+fn what_a_child_keeps_that_was_made_past_the_c_library_ends_with_it() {
+    for_families(&["clone"], |mut family, path| {
         family.kill_host();
         let file = family.file.try_clone().unwrap();
         let client = thread::spawn(move || read_block(&file).is_err());

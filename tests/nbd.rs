@@ -166,6 +166,19 @@ impl Server {
         assert_eq!(unsafe { libc::kill(self.child.id() as i32, number) }, 0);
     }
 
+    /// Stops all of its threads, and waits for that.
+    fn freeze(&self) {
+        self.signal(libc::SIGSTOP);
+        let tasks = format!("/proc/{}/task", self.child.id());
+        eventually("the server is stopped", || {
+            fs::read_dir(&tasks).unwrap().all(|task| {
+                let stat = fs::read_to_string(task.unwrap().path().join("stat"));
+                // The state comes after the name in parentheses.
+                stat.is_ok_and(|stat| stat.contains(") T "))
+            })
+        });
+    }
+
     fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -333,7 +346,7 @@ fn a_server_that_pauses_is_waited_for() {
         let data = pattern(0, CLIENTS << 20);
         let connections = Connections::new();
         let waits = connections.of(&shown.path);
-        server.signal(libc::SIGSTOP);
+        server.freeze();
         thread::scope(|scope| {
             // More than a socket holds.
             for (client, part) in data.chunks(1 << 20).enumerate() {
@@ -403,7 +416,7 @@ fn a_server_that_is_stuck_does_not_keep_it() {
         let shown = bench.show(&server, transport, &[connections]);
         let file = shown.open();
         assert!(read(&file, 0, 4096).is_ok());
-        server.signal(libc::SIGSTOP);
+        server.freeze();
         let client = thread::spawn(move || read(&file, 0, 4096).map(drop));
         shown.end(1);
         within(SOON, "the client's error", || client.is_finished());
