@@ -19,17 +19,17 @@
  *
  *   blkfuse_plugin_get -> open -> the callbacks -> ops->deleted -> close
  *
- *   - If open fails, nothing follows, and it has freed whatever it allocated.
- *   - If it returns 0, close comes once, and last: also if the device could
- *     not be exported. By then no callback is running.
- *   - ops->deleted comes once before that, unless blkfused has refused the
- *     table of callbacks.
- *   - If blkfused is killed, or ends while the plugin still owes an answer to
- *     a request, neither comes, as if the power had failed.
- *   - A device is opened before anything is mounted, and once; several devices
- *     of one plugin can be open at once.
- *   - The library is never unloaded: its threads may go on until the process
- *     ends.
+ * - If open fails, nothing follows, and it has freed whatever it allocated.
+ * - If it returns 0, close comes once, and last: also if the device could
+ *   not be exported. By then no callback is running.
+ * - `ops->deleted` comes once before that, unless blkfused has refused the
+ *   table of callbacks.
+ * - If blkfused is killed, or ends while the plugin still owes an answer to
+ *   a request, neither comes, as if the power had failed.
+ * - A device is opened before anything is mounted, and once; several devices
+ *   of one plugin can be open at once.
+ * - The library is never unloaded: its threads may go on until the process
+ *   ends.
  *
  * blkfuse_plugin_get and open are called on blkfused's main thread, sync and
  * close on any. None of them may longjmp out; one that unwinds (a C++ exception)
@@ -112,10 +112,10 @@ struct blkfuse_plugin {
                 const struct blkfuse_driver_ops **ops, void **opaque,
                 char *message, size_t message_size);
     /**
-     * Makes durable everything that was written, as ops->flush does, but for
+     * Makes durable everything that was written, as `ops->flush` does, but for
      * no request. Called when blkfused ends, and only if the export is
      * writable: first while requests may still come, then again before
-     * ops->deleted. Returns 0 or a negative errno, with which blkfused fails.
+     * `ops->deleted`. Returns 0 or a negative errno, with which blkfused fails.
      * NULL: nothing is to be done for that.
      */
     int (*sync)(void *opaque);

@@ -44,6 +44,7 @@ libblkfuse-dev usr/lib/libblkfuse.a
 libblkfuse-dev usr/lib/libblkfuse.so
 libblkfuse-dev usr/lib/pkgconfig/blkfuse.pc
 libblkfuse-dev usr/share/man/man3/blkfuse-driver.3.gz
+libblkfuse-dev usr/share/man/man3/blkfuse-plugin.3.gz
 libblkfuse-dev usr/share/man/man3/blkfuse.3.gz
 libblkfuse0 usr/lib/libblkfuse.so.0
 libblkfuse0 usr/lib/libblkfuse.so.VERSION'

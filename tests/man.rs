@@ -36,7 +36,12 @@ const MANUALS: &[Manual] = &[
         header: "blkfuse.h",
         intro: true,
         describes: |item| !is_drivers(item),
-        see_also: &["blkfuse-driver(3)", "blkfused(1)", "fuse(4)"],
+        see_also: &[
+            "blkfuse-driver(3)",
+            "blkfuse-plugin(3)",
+            "blkfused(1)",
+            "fuse(4)",
+        ],
     },
     Manual {
         name: "blkfuse-driver",
@@ -44,7 +49,15 @@ const MANUALS: &[Manual] = &[
         header: "blkfuse.h",
         intro: false,
         describes: is_drivers,
-        see_also: &["blkfuse(3)"],
+        see_also: &["blkfuse(3)", "blkfuse-plugin(3)"],
+    },
+    Manual {
+        name: "blkfuse-plugin",
+        summary: "block drivers that blkfused loads",
+        header: "blkfuse-plugin.h",
+        intro: true,
+        describes: |_| true,
+        see_also: &["blkfuse-driver(3)", "blkfuse(3)", "blkfused(1)"],
     },
 ];
 
@@ -75,17 +88,24 @@ impl Manual {
             let chosen = header.items.iter().filter(|i| (self.describes)(i));
             chosen.filter(|i| kind(&i.kind)).collect::<Vec<_>>()
         };
+        // Its first paragraph is the summary, its last one the licence.
+        let (_, intro) = header.intro.split_once("\n\n").unwrap();
+        let (intro, _) = intro.rsplit_once("\n\n").unwrap();
+        // Commands that come first are the synopsis.
+        let (commands, intro) = match intro.split_once("\n\n") {
+            Some((commands, rest)) if commands.starts_with("  ") => (commands, rest),
+            _ => ("cc program.c $(pkg-config --cflags --libs blkfuse)", intro),
+        };
         let mut page = Page::new(self.name, 3, self.summary);
         page.section("SYNOPSIS");
         page.example(&format!(
-            "#include <{}>\n\ncc program.c $(pkg-config --cflags --libs blkfuse)",
-            self.header
+            "#include <{}>\n\n{}",
+            self.header,
+            commands.trim_start().replace("\n  ", "\n")
         ));
         if self.intro {
             page.section("DESCRIPTION");
-            // Its first paragraph is the summary, its last one the licence.
-            let (_, intro) = header.intro.split_once("\n\n").unwrap();
-            page.doc(intro.rsplit_once("\n\n").unwrap().0);
+            page.doc(intro);
         }
         let described = |page: &mut Page, heading: &str, items: &[&Item]| {
             if !items.is_empty() {
@@ -156,11 +176,12 @@ fn the_manual_pages_are_up_to_date() {
 
 #[test]
 fn every_item_of_a_header_is_in_one_manual_page() {
-    for header in ["blkfuse.h"] {
+    for (header, functions) in [("blkfuse.h", 20), ("blkfuse-plugin.h", 1)] {
         let text = fs::read_to_string(in_package("include").join(header)).unwrap();
         let parsed = Header::parse(&text);
         let pages: Vec<_> = MANUALS.iter().filter(|m| m.header == header).collect();
-        assert!(parsed.functions().count() > 20, "the header was understood");
+        let found = parsed.functions().count();
+        assert!(found >= functions, "{header} was not understood");
         for item in &parsed.items {
             let times = pages.iter().filter(|m| (m.describes)(item)).count();
             assert_eq!(times, 1, "{}", item.name);

@@ -126,6 +126,7 @@ fn everything_that_c_programs_need_is_installed() {
         (format!("usr/lib/{library}"), None),
         ("usr/lib/pkgconfig/blkfuse.pc".into(), None),
         ("usr/share/man/man3/blkfuse-driver.3".into(), None),
+        ("usr/share/man/man3/blkfuse-plugin.3".into(), None),
         ("usr/share/man/man3/blkfuse.3".into(), None),
     ]);
     assert_eq!(tree(root), expected);

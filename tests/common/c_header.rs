@@ -55,12 +55,23 @@ fn described(text: &str) -> impl Iterator<Item = (String, &str)> {
     std::iter::from_fn(move || {
         let (_, found) = rest.split_once("/**")?;
         let (doc, code) = found.split_once("*/").expect("comments end");
-        let code = code.trim_start();
+        let code = declaration(code.trim_start());
         // The comments within a struct are its members'.
         let end = struct_end(code).unwrap_or(0);
         rest = &code[end..];
         Some((comment(doc), code))
     })
+}
+
+/// What follows a comment, without the attributes that only some compilers see.
+fn declaration(mut code: &str) -> &str {
+    while ["#if", "#endif", "__attribute__"]
+        .iter()
+        .any(|other| code.starts_with(other))
+    {
+        code = code.split_once('\n').expect("a declaration follows").1;
+    }
+    code
 }
 
 /// Where a struct's definition ends, if `code` begins with one.
@@ -162,7 +173,7 @@ mod tests {
              int (*call)(void *opaque,\n                int n);\n    /**\n     * Array.\n     */\n    \
              uint64_t array[32];\n};\n\
              /**\n * Type.\n */\ntypedef void (*t)(int);\n\
-             /**\n * Function.\n */\nconst struct o *f(struct s *s,\n         int n);\n\
+             /**\n * Function.\n */\n#ifdef C\n__attribute__((a))\n#endif\nconst struct o *f(struct s *s,\n         int n);\n\
              /** Macro. */\n#define TWO \\\n    2\n\
              /** Inline. */\nstatic inline void i(int n)\n{\n    n;\n}\n",
         );

@@ -33,7 +33,10 @@ fn page() -> String {
         let parts = paragraph.split_once(": ");
         parts.expect("what follows the options is `Heading: text`")
     });
-    let see_also = ("See also", "blkfuse(3), fusermount3(1), fuse(4)");
+    let see_also = (
+        "See also",
+        "blkfuse(3), blkfuse-plugin(3), fusermount3(1), fuse(4)",
+    );
     for (heading, text) in after.chain([see_also]) {
         let mut section = Roff::new();
         section.control("SH", [heading.to_uppercase().as_str()]);
