@@ -15,8 +15,9 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use common::checked::{SANITIZE, Sanitizers, valgrind};
 use common::{SOON, Watchdog, eventually, is_mounted, pattern, skip};
-use compiled::{C, CXX, Linking, PATIENCE, Running, Workshop, try_test, valgrind};
+use compiled::{C, CXX, Linking, PATIENCE, Running, Workshop, try_test};
 
 fn fallocate(file: &File, mode: i32, offset: i64, len: i64) {
     // SAFETY: fallocate touches no memory.
@@ -29,28 +30,23 @@ fn seek(file: &File, offset: i64, whence: i32) -> i64 {
     unsafe { libc::lseek(file.as_raw_fd(), offset, whence) }
 }
 
-/// Runs an example, uses its disk, and ends it with SIGTERM.
-fn try_example(workshop: &Workshop, command: &mut Command, limit: Duration, name: &str) {
+/// Runs an example, uses its disk, and ends it with SIGTERM. `start` begins its
+/// command line.
+fn try_example(workshop: &Workshop, start: impl Fn() -> Command, limit: Duration, name: &str) {
     let path = workshop.mountpoint("disk");
     let watchdog = Watchdog::new(&path);
-    let (queues, last): ([_; 2], &[&str]) = match name {
-        "raw" => {
-            let image = File::create(workshop.path("image")).unwrap();
-            image.set_len(64 << 20).unwrap();
-            command.arg(workshop.path("image"));
-            (["queues=1", "queues=4"], &["writable"])
+    for queues in ["1", "4"] {
+        let mut command = start();
+        if name == "raw" {
+            let image = workshop.path("image");
+            File::create(&image).unwrap().set_len(64 << 20).unwrap();
+            command.args([&image, &path]);
+            command.arg(format!("queues={queues}")).arg("writable");
+        } else {
+            command.arg(&path).arg(queues);
         }
-        _ => (["1", "4"], &[]),
-    };
-    command.arg(&path);
-    for queues in queues {
-        eprintln!("{command:?} {queues}");
-        let mut running = Running::start(
-            Command::new(command.get_program())
-                .args(command.get_args())
-                .arg(queues)
-                .args(last),
-        );
+        eprintln!("{command:?}");
+        let mut running = Running::start(&mut command);
         let first = running.line(limit);
         assert!(first.ends_with("until this ends"), "{first}");
         assert!(is_mounted(&path));
@@ -237,8 +233,7 @@ fn example(name: &str) {
     ] {
         let source = format!("c-examples/{name}.c");
         if let Some(program) = workshop.build(compiler, standard, &source, linking) {
-            let mut command = Command::new(program);
-            try_example(&workshop, &mut command, SOON, name);
+            try_example(&workshop, || Command::new(&program), SOON, name);
         }
     }
 }
@@ -350,8 +345,26 @@ fn the_examples_use_memory_rightly() {
         let Some(program) = workshop.build("gcc", C, &source, Linking::Shared) else {
             return;
         };
-        let mut command = valgrind();
-        command.arg(program);
-        try_example(&workshop, &mut command, PATIENCE, name);
+        let start = || {
+            let mut command = valgrind();
+            command.arg(&program);
+            command
+        };
+        try_example(&workshop, start, PATIENCE, name);
+    }
+}
+
+#[test]
+fn sanitizers_find_nothing_in_the_examples() {
+    let workshop = Workshop::new();
+    let sanitizers = Sanitizers::new();
+    for name in ["ramdisk", "async", "raw"] {
+        let source = format!("c-examples/{name}.c");
+        let shared = Linking::Shared;
+        let Some(program) = workshop.build_with("clang", C, &source, shared, &SANITIZE) else {
+            return;
+        };
+        let start = || sanitizers.command(&program);
+        try_example(&workshop, start, PATIENCE, name);
     }
 }

@@ -21,11 +21,12 @@ use std::time::{Duration, Instant};
 
 use blkfuse::IoUring;
 
+use common::checked::{SANITIZE, Sanitizers, valgrind};
 use common::client::{errno, fallocate, have, run, seek};
 use common::{
     SOON, Watchdog, eventually, for_transports, is_mounted, pattern, skip, unmount, within,
 };
-use compiled::{C, CXX, Linking, PATIENCE, Running, Workshop, valgrind};
+use compiled::{C, CXX, Linking, PATIENCE, Running, Workshop};
 use hosted::Connections;
 use nix::mount::MntFlags;
 
@@ -43,10 +44,11 @@ struct Bench {
 
 impl Bench {
     fn new() -> Option<Self> {
-        Self::with("gcc", C, Linking::Shared)
+        Self::with("gcc", C, Linking::Shared, &[])
     }
 
-    fn with(compiler: &str, standard: &str, linking: Linking) -> Option<Self> {
+    /// `more` comes last in the compiler's command line.
+    fn with(compiler: &str, standard: &str, linking: Linking, more: &[&str]) -> Option<Self> {
         if !has_libnbd() {
             skip("there is no libnbd.h");
             return None;
@@ -57,7 +59,8 @@ impl Bench {
         }
         let workshop = Workshop::new();
         let source = "c-examples/nbd.c";
-        let program = workshop.build_with(compiler, standard, source, linking, &["-lnbd"])?;
+        let more = [&["-lnbd"], more].concat();
+        let program = workshop.build_with(compiler, standard, source, linking, &more)?;
         Some(Self { workshop, program })
     }
 
@@ -274,7 +277,7 @@ fn it_is_c_and_cxx_and_can_be_linked_statically() {
         ("g++", CXX, Linking::Shared),
         ("clang++", CXX, Linking::Static),
     ] {
-        let Some(bench) = Bench::with(compiler, standard, linking) else {
+        let Some(bench) = Bench::with(compiler, standard, linking, &[]) else {
             return;
         };
         let server = bench.server(&["memory", "64M"]);
@@ -536,20 +539,14 @@ fn it_says_what_is_wrong() {
     }
 }
 
-#[test]
-fn it_uses_memory_rightly() {
-    if !common::can_export() {
-        return;
-    }
-    let Some(valgrind) = valgrind() else { return };
-    let Some(bench) = Bench::new() else { return };
+/// Uses the disk of a server that lives on, and of one that dies. `start` begins
+/// the example's command line.
+fn with_servers(bench: &Bench, start: impl Fn() -> Command) {
     for dies in [false, true] {
         let mut server = bench.server(&["memory", "64M"]);
         let path = bench.workshop.mountpoint("disk");
         let watchdog = Watchdog::new(&path);
-        let mut command = valgrind();
-        command.arg(&bench.program).arg(server.uri()).arg(&path);
-        let running = Running::start(&mut command);
+        let running = Running::start(start().arg(server.uri()).arg(&path));
         running.line(PATIENCE);
         let shown = Shown {
             running,
@@ -563,4 +560,30 @@ fn it_uses_memory_rightly() {
         }
         shown.end(dies.into());
     }
+}
+
+#[test]
+fn it_uses_memory_rightly() {
+    if !common::can_export() {
+        return;
+    }
+    let Some(valgrind) = valgrind() else { return };
+    let Some(bench) = Bench::new() else { return };
+    with_servers(&bench, || {
+        let mut command = valgrind();
+        command.arg(&bench.program);
+        command
+    });
+}
+
+#[test]
+fn sanitizers_find_nothing_in_it() {
+    if !common::can_export() {
+        return;
+    }
+    let Some(bench) = Bench::with("clang", C, Linking::Shared, &SANITIZE) else {
+        return;
+    };
+    let sanitizers = Sanitizers::new();
+    with_servers(&bench, || sanitizers.command(&bench.program));
 }

@@ -16,6 +16,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use blkfuse::IoUring;
+use common::checked::{SANITIZE, Sanitizers, valgrind};
 use common::client::errno;
 use common::{SOON, eventually, for_transports, pattern, skip, unmount};
 use daemon_support::*;
@@ -110,28 +111,74 @@ fn the_example_is_a_disk_over_both_transports() {
             );
             let queues = format!(" {threads} queues");
             eventually("a message", || daemon.stderr().contains(&queues));
-            assert_same(&fs::read(&at).unwrap(), &vec![0x5a; 3 << 20]);
-            thread::scope(|scope| {
-                for part in 0..3 {
-                    let at = &at;
-                    scope.spawn(move || {
-                        let data = pattern(part << 20, 1 << 20);
-                        open(at).write_all_at(&data, (part << 20) as u64).unwrap();
-                    });
-                }
-            });
-            assert_same(&fs::read(&at).unwrap(), &pattern(0, 3 << 20));
-            // Its driver can neither free space nor change its length.
-            let file = open(&at);
-            fallocate(&file, PUNCH, 4096, 8192).unwrap();
-            let mut back = [1; 8192];
-            file.read_exact_at(&mut back, 4096).unwrap();
-            assert_eq!(back, [0; 8192]);
-            assert_eq!(errno(file.set_len(1)), libc::EOPNOTSUPP);
-            drop(file);
+            use_example(&at);
             daemon.stop();
         }
     });
+}
+
+/// Does all that can be done with a disk of the example: 3 MiB of 0x5a.
+fn use_example(at: &Path) {
+    assert_same(&fs::read(at).unwrap(), &vec![0x5a; 3 << 20]);
+    thread::scope(|scope| {
+        for part in 0..3 {
+            scope.spawn(move || {
+                let data = pattern(part << 20, 1 << 20);
+                open(at).write_all_at(&data, (part << 20) as u64).unwrap();
+            });
+        }
+    });
+    assert_same(&fs::read(at).unwrap(), &pattern(0, 3 << 20));
+    // Its driver can neither free space nor change its length.
+    let file = open(at);
+    fallocate(&file, PUNCH, 4096, 8192).unwrap();
+    let mut back = [1; 8192];
+    file.read_exact_at(&mut back, 4096).unwrap();
+    assert_eq!(back, [0; 8192]);
+    assert_eq!(errno(file.set_len(1)), libc::EOPNOTSUPP);
+}
+
+/// Has a blkfused that is watched show a disk of the example. `command` begins
+/// its command line.
+fn try_watched(s: &Scratch, plugin: &Path, mut command: Command) {
+    let at = s.mountpoint("disk");
+    command.args(args!["-w", "--threads", "3", "--plugin", plugin]);
+    command.args(args!["size=3M", "pattern=0x5a", at]);
+    let daemon = Daemon::spawn(command, 1);
+    use_example(&at);
+    daemon.signal(Signal::SIGTERM);
+    // It looks for leaks in the end.
+    let end = daemon.wait(2 * SOON);
+    assert!(end.status.success(), "{end:?}");
+}
+
+#[test]
+fn the_example_uses_memory_rightly() {
+    let Some(s) = scratch() else { return };
+    let Some(valgrind) = valgrind() else { return };
+    let Some(plugin) = example(&s) else { return };
+    let mut command = valgrind();
+    command.arg(blkfused().get_program());
+    try_watched(&s, &plugin, command);
+}
+
+#[test]
+fn sanitizers_find_nothing_in_the_example() {
+    let Some(s) = scratch() else { return };
+    // Their code comes with the plugin, and must be there before all other.
+    let more = [&SANITIZE[..], &["-g", "-shared-libasan"]].concat();
+    let more = more.iter().map(OsString::from).collect();
+    let Some(plugin) = build(&s, "clang", EXAMPLE, more) else {
+        return;
+    };
+    let library = format!("libclang_rt.asan-{}.so", std::env::consts::ARCH);
+    let mut find = Command::new("clang");
+    let found = find.arg(format!("-print-file-name={library}")).output();
+    let path = String::from_utf8(found.unwrap().stdout).unwrap();
+    let sanitizers = Sanitizers::new();
+    let mut command = sanitizers.command(blkfused().get_program());
+    command.env("LD_PRELOAD", path.trim_end());
+    try_watched(&s, &plugin, command);
 }
 
 #[test]

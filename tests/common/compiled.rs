@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::common::client::have;
 pub use crate::common::running::Running;
 use crate::common::{self, Watchdog, is_mounted, skip};
 
@@ -106,24 +105,6 @@ impl Workshop {
         File::create(&path).unwrap();
         path
     }
-}
-
-/// A way to begin the command line of a program that valgrind is to watch, with
-/// which a misuse of memory is a failure; `None`, and said, if there is none.
-pub fn valgrind() -> Option<impl Fn() -> Command> {
-    if !have("valgrind") {
-        skip("there is no valgrind");
-        return None;
-    }
-    Some(|| {
-        let mut command = Command::new("valgrind");
-        command
-            .args(["-q", "--error-exitcode=99", "--leak-check=full"])
-            .args(["--show-leak-kinds=definite,indirect"])
-            .args(["--errors-for-leak-kinds=definite,indirect"])
-            .arg("--fair-sched=yes");
-        command
-    })
 }
 
 /// Runs a program that tests by itself and ends with 0 if all is well.

@@ -20,6 +20,7 @@ use blkfuse::{
 use nix::mount::{MntFlags, umount2};
 use tempfile::TempDir;
 
+pub mod checked;
 pub mod client;
 pub mod running;
 pub mod sparse;
