@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# ThreadSanitizer on the library inside c-examples/async.c, whose requests are
-# completed by a pool of threads: fio and dd load the disk while it is drained
-# again and again, and it ends in the middle of the load. Any report fails.
+# ThreadSanitizer on the library inside the C examples that have threads, or for
+# which it makes some. fio and dd load the disk of each, over both transports
+# where root has enabled the second; async's is drained meanwhile, again and
+# again; and each example ends in the middle of a load. Any report fails.
+# (plugin.c has no threads: those that call it are blkfused's.)
 #
-#   tests/tsan.sh [KEY=VALUE]...      # properties of the export, for example
-#   tests/tsan.sh io-uring=on
+#   tests/tsan.sh [EXAMPLE]...      # all, if none is named: async raw nbd ramdisk
 #
-# Needs root, clang, fio, and a nightly toolchain with
-# rust-src. Installs nothing; leaves nothing running and nothing mounted.
+# Needs root, clang, llvm-symbolizer, fio, libnbd, nbdkit, and a nightly
+# toolchain with rust-src. Installs nothing; leaves nothing running and nothing
+# mounted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 die() { echo "tsan: $*" >&2; exit 1; }
-for tool in cargo rustup clang fio dd timeout; do
+for tool in cargo rustup clang llvm-symbolizer fio dd nbdkit timeout; do
 	command -v $tool >/dev/null || die "$tool is not installed"
 done
 [ -w /dev/fuse ] || die "needs /dev/fuse"
@@ -24,31 +26,48 @@ target=x86_64-unknown-linux-gnu
 # Rust's own: clang's may be too old for what rustc generates.
 runtime=$rust/lib/rustlib/$target/lib/librustc-nightly_rt.tsan.a
 [ -f "$runtime" ] || die "the nightly toolchain has no ThreadSanitizer for $target"
+[ $# -gt 0 ] || set -- async raw nbd ramdisk
 
 build=${CARGO_TARGET_DIR:-target}/tsan
-RUSTFLAGS=-Zsanitizer=thread cargo +nightly build -q -Zbuild-std --target $target \
+# Reports need no more of what there is for debuggers.
+RUSTFLAGS=-Zsanitizer=thread CARGO_PROFILE_DEV_DEBUG=line-tables-only \
+	cargo +nightly build -q -Zbuild-std=std --target $target \
 	--target-dir "$build" --lib --no-default-features
-clang -g -O1 -Wall -Iinclude -fsanitize=thread -c c-examples/async.c -o "$build/async.o"
-clang "$build/async.o" "$build/$target/debug/libblkfuse.a" \
-	-Wl,--whole-archive "$runtime" -Wl,--no-whole-archive -Wl,--export-dynamic \
-	-pthread -lrt -ldl -lm -lgcc_s -o "$build/async"
+for example in "$@"; do
+	libraries=()
+	[ $example != nbd ] || libraries=(-lnbd)
+	clang -g -O1 -Wall -Iinclude -fsanitize=thread -c c-examples/$example.c -o "$build/$example.o"
+	clang "$build/$example.o" "$build/$target/debug/libblkfuse.a" \
+		-Wl,--whole-archive "$runtime" -Wl,--no-whole-archive -Wl,--export-dynamic \
+		-pthread -lrt -ldl -lm -lgcc_s "${libraries[@]}" -o "$build/$example"
+done
 
 work=$(mktemp -d)
-host= clients=()
-# The watchdog of every step: whoever hangs in the mount is let go by its end.
+host= server= clients=()
+# Whoever hangs in the mount is let go by its end.
 unhang() { while umount -c -f -l "$work/disk" 2>/dev/null; do :; done; }
-cleanup() {
-	for pid in "${clients[@]}" $host; do kill "$pid" 2>/dev/null || :; done
+# Every wait below has an end; this is for what has none although it should.
+(
+	trap 'kill $!; exit' TERM
+	sleep 300 &
+	wait $!
+	echo "tsan: takes too long: ending it" >&2
 	unhang
-	wait
+	kill $$
+) &
+watchdog=$!
+cleanup() {
+	kill $watchdog 2>/dev/null || :
+	for pid in "${clients[@]}" $host $server; do kill "$pid" 2>/dev/null || :; done
+	unhang
+	for pid in "${clients[@]}" $host $server; do
+		timeout 20 tail -s 0.1 --pid="$pid" -f /dev/null || kill -KILL "$pid" 2>/dev/null || :
+	done
 	rm -rf "$work"
 }
 trap cleanup EXIT
 trap 'exit 1' INT TERM
 
-# The order of clients' accesses to the same bytes of the disk passes through
-# the kernel, where ThreadSanitizer does not see it.
-echo 'race:^data$' >"$work/suppressions"
 export TSAN_OPTIONS="exitcode=66 suppressions=$work/suppressions log_path=$work/report"
 
 # Says why, and all that was said before.
@@ -59,36 +78,67 @@ failed() {
 
 # Waits until the process is gone; fails if that takes too long.
 await() { # pid, seconds, what
-	timeout "$2" tail --pid="$1" -f /dev/null || failed "$3 hangs"
+	timeout "$2" tail -s 0.1 --pid="$1" -f /dev/null || failed "$3 hangs"
 	wait "$1"
 }
 
-run() { # queues [KEY=VALUE]...
-	echo "tsan: $*"
-	: >"$work/disk"
-	"$build/async" "$work/disk" "$@" >"$work/out" 2>&1 &
-	host=$!
-	for _ in $(seq 300); do
-		grep -q 'is a disk of' "$work/out" && break
-		kill -0 $host 2>/dev/null || failed "async does not start"
-		sleep 0.1
+# Waits until a condition holds.
+await_that() { # seconds, what is wrong if it does not, condition
+	timeout "$1" bash -c "until $3; do sleep 0.02; done" || failed "$2"
+}
+
+# Drains async while a process runs.
+drain_during() { # pid
+	local drained end=$((SECONDS + 60))
+	while kill -0 "$1" 2>/dev/null; do
+		[ $SECONDS -lt $end ] || failed "a client hangs"
+		drained=$(grep -c drained "$work/out" || :)
+		kill -USR1 $host || failed "async has ended early"
+		await_that 30 "a drain hangs" "[ \$(grep -c drained '$work/out') -gt $drained ]"
 	done
+}
+
+run() { # example, transport, queues
+	local example=$1 uring=io-uring=$2 queues=$3 race=
+	echo "tsan: $example, io-uring=$2, $queues queue(s)"
+	: >"$work/disk"
+	case $example in
+	async)
+		set -- "$work/disk" "$queues" "$uring"
+		race=data
+		;;
+	ramdisk)
+		set -- "$work/disk" "$queues"
+		race=disk
+		;;
+	raw)
+		truncate -s 64M "$work/image"
+		set -- "$work/image" "$work/disk" "queues=$queues" writable=on "$uring"
+		;;
+	nbd)
+		rm -f "$work"/{listens,socket}
+		nbdkit -f -U "$work/socket" -P "$work/listens" memory 64M &
+		server=$!
+		await_that 20 "nbdkit does not start" "[ -e '$work/listens' ]"
+		set -- "nbd+unix:///?socket=$work/socket" "$work/disk" "queues=$queues" connections=3 "$uring"
+		;;
+	esac
+	# The order of clients' accesses to the same bytes of the disk passes through
+	# the kernel, where ThreadSanitizer does not see it.
+	echo "${race:+race:^$race\$}" >"$work/suppressions"
+	"$build/$example" "$@" >"$work/out" 2>&1 &
+	host=$!
+	await_that 30 "$example does not start" "grep -q 'until this ends' '$work/out'"
 
 	# Each job has a region of its own; the last one runs into the end.
 	fio --name=load --filename="$work/disk" --size=12M --offset_increment=12M --numjobs=4 \
 		--rw=randrw --bsrange=4k-256k --ioengine=libaio --iodepth=8 --direct=1 --fsync=16 \
-		--serialize_overlap=1 --time_based --runtime=5 --group_reporting \
+		--serialize_overlap=1 --time_based --runtime=3 --group_reporting \
 		--output="$work/fio" &
 	clients=($!)
 	dd if=/dev/urandom of="$work/disk" bs=1M seek=50 count=8 oflag=direct conv=notrunc status=none &
 	clients+=($!)
-	local drained
-	while kill -0 "${clients[0]}" 2>/dev/null; do
-		drained=$(grep -c drained "$work/out" || :)
-		kill -USR1 $host || failed "async has ended early"
-		timeout 30 bash -c "until [ \$(grep -c drained '$work/out') -gt $drained ]; do sleep 0.02; done" ||
-			failed "a drain hangs"
-	done
+	[ $example != async ] || drain_during "${clients[0]}"
 	for pid in "${clients[@]}"; do
 		await "$pid" 60 "a client" || failed "a client failed"
 	done
@@ -102,10 +152,23 @@ run() { # queues [KEY=VALUE]...
 	host=
 	await "${clients[0]}" 60 "a client" || : # it may have lost its disk
 	clients=()
-	[ $status = 0 ] || failed "async ended with $status"
-	echo "tsan: no report in $(grep -c drained "$work/out") drains and $(grep drained "$work/out" | tail -1 | cut -d' ' -f3-)"
+	[ $status = 0 ] || failed "$example ended with $status"
+	! grep -q " $work/disk " /proc/mounts || failed "$example has left its disk mounted"
+	[ $example != async ] ||
+		echo "tsan: $(grep -c drained "$work/out") drains and $(grep drained "$work/out" | tail -1 | cut -d' ' -f3-)"
+	[ -z "$server" ] || kill $server
+	server=
 }
 
-for queues in 1 4; do
-	run $queues "$@"
+transports=(off)
+[ "$(cat /sys/module/fuse/parameters/enable_uring 2>/dev/null)" != Y ] || transports+=(on)
+for example in "$@"; do
+	over=("${transports[@]}")
+	# It takes no properties: the transport is what comes of itself.
+	[ $example != ramdisk ] || over=(auto)
+	for transport in "${over[@]}"; do
+		[ $example != async ] || run $example $transport 1
+		run $example $transport 4
+	done
 done
+echo "tsan: no report"
