@@ -431,18 +431,18 @@ mod tests {
     fn a_queue_sleeps_through_a_drain_however_close_requests_came() {
         let mut rig = Rig::new(numbered(8), false);
         rig.queue.transport().may_poll = true;
-        // The transport says that there is something, so these waits are short.
-        while rig.queue.transport().sleeps == 0 || !rig.queue.polling.is_worth_it() {
+        let waits = |rig: &mut Rig| {
+            rig.queue.polling = Polling::default();
+            (0..100).for_each(|_| rig.queue.polling.waited(Duration::from_micros(10)));
+            assert!(rig.queue.polling.is_worth_it());
             rig.queue.wait();
-        }
-        let sleeps = rig.queue.transport().sleeps;
-        rig.queue.wait();
-        assert_eq!(rig.queue.transport().sleeps, sleeps, "it waits awake");
+            rig.queue.transport().sleeps
+        };
+        assert_eq!(waits(&mut rig), 0, "it waits awake");
         rig.control.requests.close();
         read_place(&mut rig, 0);
         rig.run();
-        rig.queue.wait();
-        assert_eq!(rig.queue.transport().sleeps, sleeps + 1);
+        assert_eq!(waits(&mut rig), 1);
     }
 
     #[test]
