@@ -210,7 +210,7 @@ fn waiting_for_idle_is_enough_and_no_hook_follows_it() {
             }
             let export = m.export();
             let mut lost = None;
-            for round in 0..1500 {
+            for round in 0..500 {
                 export.drain_begin().unwrap();
                 let mut seen = idle.0.lock().unwrap();
                 let mut before = *seen;
