@@ -1,6 +1,8 @@
 //! I/O on other files in the course of requests, which the queue does for a
 //! driver.
 
+#[path = "common/alone.rs"]
+mod alone;
 mod common;
 
 use std::fs::File;
@@ -14,6 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::task::Poll;
 use std::thread;
 
+use alone::alone;
 use blkfuse::{BlockDriver, Features, Io, ReadBuf};
 use common::client::{aio_read, errno, fallocate};
 use common::sparse::Exported;
@@ -191,27 +194,28 @@ fn many_requests_at_once_get_their_own_bytes() {
 
 #[test]
 fn syncs_discards_and_zeroing_reach_the_file() {
-    for_transports_and_queues(|transport, queues| {
-        let image = patterned(8192);
-        let part = Part::new(open(&image, 0).unwrap(), 8192);
-        let exported = Exported::with(Handle(part.clone()), queues, |b| b.io_uring(transport));
-        let file = exported.open();
-        file.sync_all().unwrap();
-        // A child that another test starts syncs as it closes its copies.
-        assert!(part.syncs.load(SeqCst) > 0);
-        for (mode, offset, len) in [
-            (PUNCH, 65_536, 131_072),
-            (PUNCH, 300_001, 5),
-            (libc::FALLOC_FL_ZERO_RANGE, 400_000, 70_000),
-        ] {
-            fallocate(&file, mode, offset, len).unwrap();
-            let (offset, len) = (offset as usize, len as usize);
-            let stored = bytes(image.as_file(), 8192 + offset - 1, len + 2);
-            assert_eq!(stored[0], pattern(offset - 1, 1)[0]);
-            assert!(stored[1..=len].iter().all(|b| *b == 0), "{offset}");
-            assert_eq!(stored[len + 1], pattern(offset + len, 1)[0]);
-        }
-        assert_eq!(image.as_file().metadata().unwrap().len(), 8192 + LEN as u64);
+    alone("syncs_discards_and_zeroing_reach_the_file", || {
+        for_transports_and_queues(|transport, queues| {
+            let image = patterned(8192);
+            let part = Part::new(open(&image, 0).unwrap(), 8192);
+            let exported = Exported::with(Handle(part.clone()), queues, |b| b.io_uring(transport));
+            let file = exported.open();
+            file.sync_all().unwrap();
+            assert_eq!(part.syncs.load(SeqCst), 1);
+            for (mode, offset, len) in [
+                (PUNCH, 65_536, 131_072),
+                (PUNCH, 300_001, 5),
+                (libc::FALLOC_FL_ZERO_RANGE, 400_000, 70_000),
+            ] {
+                fallocate(&file, mode, offset, len).unwrap();
+                let (offset, len) = (offset as usize, len as usize);
+                let stored = bytes(image.as_file(), 8192 + offset - 1, len + 2);
+                assert_eq!(stored[0], pattern(offset - 1, 1)[0]);
+                assert!(stored[1..=len].iter().all(|b| *b == 0), "{offset}");
+                assert_eq!(stored[len + 1], pattern(offset + len, 1)[0]);
+            }
+            assert_eq!(image.as_file().metadata().unwrap().len(), 8192 + LEN as u64);
+        });
     });
 }
 

@@ -1061,7 +1061,7 @@ fn a_forked_child_does_not_keep_the_mount() {
             file.read_exact_at(&mut data, 0).unwrap();
             m.delete();
             assert!(!is_mounted(&m.path));
-            // The child has the connection's descriptors, and yet it has ended.
+            // The child lives on, and yet the connection has ended.
             assert!(file.read_exact_at(&mut data, 0).is_err());
             drop(file);
             drop(writer);
