@@ -4,11 +4,12 @@
 use std::env;
 use std::path::PathBuf;
 
-const SOURCES: [&str; 6] = [
+const SOURCES: [&str; 7] = [
     "src/capi.rs",
     "src/capi/driver.rs",
     "src/capi/error.rs",
     "src/capi/log.rs",
+    "src/capi/queue.rs",
     "src/capi/request.rs",
     "src/capi/stats.rs",
 ];

@@ -16,7 +16,17 @@
  *   set, get, start, stop, drain_*, resized, get_stats   any, also at once
  *   delete, delete_wait         any, once nobody else uses the export
  *   request_complete, request_forward, request_ctx, request_queue_ctx     any
+ *   get_queue, queue_get_fd     any
+ *   queue_attach                one that will run the queue from then on
+ *   queue_dispatch, queue_has_events, queue_detach     the attached one
  *   error_message               speaks of the calling thread
+ * With the property "threads" set to "host" the library has no threads for
+ * requests; the host's own run the queues:
+ *
+ *   blkfuse_export_start -> blkfuse_export_get_queue; in the thread for it
+ *   blkfuse_queue_attach -> poll blkfuse_queue_get_fd -> blkfuse_queue_dispatch
+ *        ... until that returns -ESHUTDOWN, after blkfuse_export_delete()
+ *
  * No function but blkfuse_export_drain(), _start(), _stop(), _delete() and
  * _delete_wait() waits for anything. The library installs no signal handlers,
  * prints nothing, and opens everything close-on-exec.
@@ -121,6 +131,19 @@
  * but none after or during blkfuse_export_delete() of the same export.
  */
 struct blkfuse_export;
+
+/**
+ * A queue of an export with "threads" set to "host": what one of the host's
+ * threads runs. The pointer is a name, not an address to look at: it stays
+ * valid, and no other queue of the process will ever have it.
+ *
+ * One thread at a time attaches itself to a queue, and then calls
+ * blkfuse_queue_dispatch() whenever the queue's descriptor is readable, until
+ * that returns -ESHUTDOWN or the thread has detached itself. A thread may run
+ * several queues. Different queues are independent; all need a thread, for
+ * clients wait while one has none.
+ */
+struct blkfuse_queue;
 
 /**
  * A request in flight. The pointer is a name, not an address to look at.
@@ -286,12 +309,13 @@ struct blkfuse_driver_ops {
     /**
      * Queue `queue` (from 0) begins to serve; called on its thread before
      * anything else of it. May store a pointer in `*queue_ctx`. Returns 0 or
-     * a negative errno, which makes the start fail.
+     * a negative errno, which makes the start fail, or blkfuse_queue_attach(),
+     * which calls this anew for every thread.
      */
     int (*queue_start)(void *opaque, uint32_t queue, void **queue_ctx);
     /**
-     * The queue has ended; called on its thread, once for each queue_start
-     * that returned 0.
+     * The queue has ended, or its thread leaves it; called on its thread, once
+     * for each queue_start that returned 0.
      */
     void (*queue_stop)(void *opaque, uint32_t queue, void *queue_ctx);
     /**
@@ -428,7 +452,8 @@ int blkfuse_export_create(struct blkfuse_export **out,
  * | growable    | bool | off       | let writes past the end grow the file     |
  * | passthrough | bool | off       | have the kernel read ops->backing_fd itself, at the bare file's speed, in the place of ops->read; see below |
  * | allow-other | str  | auto      | who else may use the file: on, off, or auto (on if the system permits it) |
- * | queues      | u64  | 0         | how many queues serve it, each with a thread; 0: one for each CPU available, at most 8 |
+ * | queues      | u64  | 0         | how many queues serve it, each with a thread; 0: one for each CPU available, at most 8; after the start: how many there are |
+ * | threads     | str  | library   | whose threads these are: library, or host: the host's own attach themselves to the queues, blkfuse_export_get_queue(), and dispatch them from their event loops; clients wait until they do, and over io_uring the process must be allowed to run on every CPU |
  * | io-uring    | str  | auto      | whether requests come through FUSE-over-io_uring: off; on, and start fails where that cannot be; or auto (where it is to be had and has no known defects) |
  * | queue-depth | u64  |           | over io_uring: entries for each of the kernel's ring queues, of which there is one for every possible CPU; 1 to 1024; if not set, at most 64, as memory-budget allows |
  * | max-request | u64  | 1048576   | bytes of the largest read and write; a multiple of 4096 from 65536 to 1048576; if not set, over io_uring it may be less, as memory-budget allows; after the start: what was negotiated |
@@ -580,8 +605,8 @@ int blkfuse_export_drain_end(struct blkfuse_export *export_);
  * is negative. Must not be called by a thread that is needed to complete
  * requests.
  *
- * Returns 0; -ETIMEDOUT; -EDEADLK: called from a callback of this export;
- * -EINVAL: not started.
+ * Returns 0; -ETIMEDOUT; -EDEADLK: called from a callback of this export, or by
+ * a thread that is attached to one of its queues; -EINVAL: not started.
  *
  * # Safety
  * `export` must be a live export or NULL.
@@ -592,8 +617,9 @@ int blkfuse_export_drain(struct blkfuse_export *export_, int64_t timeout_ms);
  * The device's length has changed without a client's doing. Calls ops->length
  * and tells the kernel: when this returns, clients that ask see the new length;
  * asynchronous reads and appends through open descriptors go by it, too, unless
- * this is called within a drain or a callback and the length grew within a page
- * (of 4096 bytes): then from the next stat on. Does not wait for clients'
+ * this is called within a drain or a callback, or by a thread that is attached
+ * to a queue, and the length grew within a page (of 4096 bytes): then from the
+ * next stat on. Does not wait for clients'
  * truncations that are under way; whichever comes last counts.
  *
  * # Safety
@@ -607,7 +633,14 @@ int blkfuse_export_resized(struct blkfuse_export *export_);
  * file open gets errors. What clients have written into mapped memory is
  * written back first, except with BLKFUSE_STOP_FORCE and in a drain. Returns
  * when the file has been unmounted, or after two seconds if that takes longer,
- * or at once within a callback. `flags`: 0 or BLKFUSE_STOP_*.
+ * or at once within a callback and in a thread that is attached to one of the
+ * export's queues. `flags`: 0 or BLKFUSE_STOP_*.
+ *
+ * Threads that are attached to queues go on dispatching until that returns
+ * -ESHUTDOWN, or detach themselves. Queues without a thread are run to their
+ * end by the library, without calling back but for `event`, `idle` and
+ * `deleted`; what clients have in mapped memory is written back only if none
+ * is without.
  *
  * Returns 0; -EBUSY: BLKFUSE_STOP_IF_IDLE and the file is in use, and nothing
  * has happened; -EINVAL: unknown flags, or not started; another error: the
@@ -639,7 +672,8 @@ int blkfuse_export_delete(struct blkfuse_export **export_);
  * As blkfuse_export_delete(), and waits until the export is gone: ops->deleted
  * has been called and no thread is left. Waits at most `timeout_ms`
  * milliseconds, or without end if that is negative. Must not be called by a
- * thread that is needed to complete requests.
+ * thread that is needed to complete requests (-EDEADLK in one that is attached
+ * to a queue).
  *
  * Returns 0; -ETIMEDOUT: the export is deleted, but the driver has not
  * completed every request; otherwise as blkfuse_export_delete().
@@ -677,6 +711,87 @@ uint32_t blkfuse_version(void);
  * be called from within the callback.
  */
 int blkfuse_set_log_callback(uint32_t level, blkfuse_log_callback callback, void *opaque);
+
+/**
+ * Queue number `index`, counted from 0 up to the property "queues", of a
+ * started export with "threads" set to "host". The same at every call. NULL if
+ * there is none, and then blkfuse_error_message() says why.
+ *
+ * # Safety
+ * `export` must be a live export or NULL.
+ */
+struct blkfuse_queue *blkfuse_export_get_queue(const struct blkfuse_export *export_,
+                                               uint32_t index);
+
+/**
+ * The descriptor to wait for: readable when the queue has something to do, and
+ * now and then for nothing. Level-triggered, for epoll(7), poll(2), select(2)
+ * and an io_uring's poll. It stays the same for the queue's life, also from
+ * one thread to the next, and while no thread is attached it is not readable.
+ * It is the library's: do not read or close it. It is closed when
+ * blkfuse_queue_dispatch() has returned -ESHUTDOWN and the export was deleted;
+ * have the loop forget it before.
+ *
+ * May be called from any thread. Returns the descriptor; -ESHUTDOWN: the queue
+ * and its export have gone; -EINVAL: there was never such a queue.
+ */
+int blkfuse_queue_get_fd(const struct blkfuse_queue *queue);
+
+/**
+ * Makes the calling thread the one that runs the queue. Calls
+ * ops->queue_start, whose error it returns. Afterwards the descriptor is
+ * readable, so that the thread's loop begins to dispatch. Over io_uring this
+ * makes a ring for the thread, so a thread should not attach itself for every
+ * little thing.
+ *
+ * A thread must not end while it is attached (the main thread may, with the
+ * process): the export halts then.
+ *
+ * Returns 0; -EBUSY: a thread is attached; -ESHUTDOWN: the queue has ended;
+ * -EINVAL: there was never such a queue; another errno: there is no io_uring
+ * for the thread, and the queue is as it was.
+ */
+int blkfuse_queue_attach(struct blkfuse_queue *queue);
+
+/**
+ * Serves what has come, and begins at most `budget` requests (0: 64); the rest
+ * waits. Never blocks, unless a callback does. Callbacks are called from
+ * here: a completion by blkfuse_request_complete() only makes the descriptor
+ * readable. To be called by the attached thread whenever the descriptor is
+ * readable.
+ *
+ * Returns 1: there is more to do at once, and the descriptor is readable; 0: there is nothing to do until the
+ * descriptor is readable; -ESHUTDOWN: the queue has ended, for good: the thread
+ * is not attached any more, and ops->queue_stop was called; -EPERM: another
+ * thread is attached; -EINVAL: none is, or there was never such a queue;
+ * -EDEADLK: within a callback of the same queue.
+ */
+int blkfuse_queue_dispatch(struct blkfuse_queue *queue,
+                           uint32_t budget);
+
+/**
+ * Whether blkfuse_queue_dispatch() may find something to do. Makes no system
+ * call: for a thread that looks again and again for a while before it sleeps.
+ * What comes by /dev/fuse shows only at the descriptor, so over that transport
+ * there is little to see.
+ *
+ * To be called by the attached thread. Returns 1 or 0; errors as
+ * blkfuse_queue_dispatch().
+ */
+int blkfuse_queue_has_events(struct blkfuse_queue *queue);
+
+/**
+ * Lets the calling thread leave the queue: it may end, or another one attach
+ * itself. Within a drain (blkfuse_export_drain_begin()), once nothing is in
+ * flight (blkfuse_export_drain_poll()); requests that come meanwhile wait for
+ * the next thread. Also while the export ends, which then needs no thread of
+ * the host's any more. Calls ops->queue_stop.
+ *
+ * To be called by the attached thread. Returns 0; -EBUSY: there is no drain,
+ * or a request is in flight; -ESHUTDOWN: the queue has ended; otherwise as
+ * blkfuse_queue_dispatch().
+ */
+int blkfuse_queue_detach(struct blkfuse_queue *queue);
 
 /**
  * Completes a request whose callback returned BLKFUSE_PENDING, or is about

@@ -13,7 +13,7 @@ use crate::forward::Port;
 use crate::protocol::{AttrOut, InHeader, ROOT_ID, ReadIn, WriteIn, WriteOut, opcode};
 use crate::queue::{BUDGET, Progress, Queue};
 use crate::slot::{Reply, Slot};
-use crate::transport::{Fetched, Transport};
+use crate::transport::{Fetched, Transport, Unbound};
 
 const LENGTH: u64 = 1 << 30;
 const BLOCK: usize = 4096;
@@ -170,6 +170,18 @@ impl Transport for Repeater {
 
     fn wait(&mut self) -> Result<(), Error> {
         Ok(())
+    }
+
+    fn has_news(&mut self, _wanted: bool) -> bool {
+        false
+    }
+
+    fn is_overslept(&mut self, _wanted: bool) -> Result<bool, Error> {
+        Ok(false)
+    }
+
+    fn unbind(self: Box<Self>) -> (Box<dyn Unbound>, Result<(), Error>) {
+        unreachable!("it stays in its thread")
     }
 
     fn fall_back(self: Box<Self>) -> Box<dyn Transport> {

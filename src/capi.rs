@@ -10,6 +10,7 @@ mod error;
 #[cfg(test)]
 mod layout;
 mod log;
+mod queue;
 mod request;
 mod stats;
 
@@ -217,7 +218,8 @@ pub unsafe extern "C" fn blkfuse_export_create(
 /// | growable    | bool | off       | let writes past the end grow the file     |
 /// | passthrough | bool | off       | have the kernel read ops->backing_fd itself, at the bare file's speed, in the place of ops->read; see below |
 /// | allow-other | str  | auto      | who else may use the file: on, off, or auto (on if the system permits it) |
-/// | queues      | u64  | 0         | how many queues serve it, each with a thread; 0: one for each CPU available, at most 8 |
+/// | queues      | u64  | 0         | how many queues serve it, each with a thread; 0: one for each CPU available, at most 8; after the start: how many there are |
+/// | threads     | str  | library   | whose threads these are: library, or host: the host's own attach themselves to the queues, blkfuse_export_get_queue(), and dispatch them from their event loops; clients wait until they do, and over io_uring the process must be allowed to run on every CPU |
 /// | io-uring    | str  | auto      | whether requests come through FUSE-over-io_uring: off; on, and start fails where that cannot be; or auto (where it is to be had and has no known defects) |
 /// | queue-depth | u64  |           | over io_uring: entries for each of the kernel's ring queues, of which there is one for every possible CPU; 1 to 1024; if not set, at most 64, as memory-budget allows |
 /// | max-request | u64  | 1048576   | bytes of the largest read and write; a multiple of 4096 from 65536 to 1048576; if not set, over io_uring it may be less, as memory-budget allows; after the start: what was negotiated |
@@ -466,8 +468,8 @@ pub unsafe extern "C" fn blkfuse_export_drain_end(export: *mut blkfuse_export) -
 /// is negative. Must not be called by a thread that is needed to complete
 /// requests.
 ///
-/// Returns 0; -ETIMEDOUT; -EDEADLK: called from a callback of this export;
-/// -EINVAL: not started.
+/// Returns 0; -ETIMEDOUT; -EDEADLK: called from a callback of this export, or by
+/// a thread that is attached to one of its queues; -EINVAL: not started.
 ///
 /// # Safety
 /// `export` must be a live export or NULL.
@@ -486,8 +488,9 @@ pub unsafe extern "C" fn blkfuse_export_drain(
 /// The device's length has changed without a client's doing. Calls ops->length
 /// and tells the kernel: when this returns, clients that ask see the new length;
 /// asynchronous reads and appends through open descriptors go by it, too, unless
-/// this is called within a drain or a callback and the length grew within a page
-/// (of 4096 bytes): then from the next stat on. Does not wait for clients'
+/// this is called within a drain or a callback, or by a thread that is attached
+/// to a queue, and the length grew within a page (of 4096 bytes): then from the
+/// next stat on. Does not wait for clients'
 /// truncations that are under way; whichever comes last counts.
 ///
 /// # Safety
@@ -506,7 +509,14 @@ pub unsafe extern "C" fn blkfuse_export_resized(export: *mut blkfuse_export) -> 
 /// file open gets errors. What clients have written into mapped memory is
 /// written back first, except with BLKFUSE_STOP_FORCE and in a drain. Returns
 /// when the file has been unmounted, or after two seconds if that takes longer,
-/// or at once within a callback. `flags`: 0 or BLKFUSE_STOP_*.
+/// or at once within a callback and in a thread that is attached to one of the
+/// export's queues. `flags`: 0 or BLKFUSE_STOP_*.
+///
+/// Threads that are attached to queues go on dispatching until that returns
+/// -ESHUTDOWN, or detach themselves. Queues without a thread are run to their
+/// end by the library, without calling back but for `event`, `idle` and
+/// `deleted`; what clients have in mapped memory is written back only if none
+/// is without.
 ///
 /// Returns 0; -EBUSY: BLKFUSE_STOP_IF_IDLE and the file is in use, and nothing
 /// has happened; -EINVAL: unknown flags, or not started; another error: the
@@ -546,7 +556,7 @@ pub unsafe extern "C" fn blkfuse_export_stop(export: *mut blkfuse_export, flags:
 pub unsafe extern "C" fn blkfuse_export_delete(export: *mut *mut blkfuse_export) -> c_int {
     guard(|| {
         // SAFETY: the caller's promise.
-        drop(unsafe { take(export) }?);
+        drop(unsafe { take(export, false) }?);
         Ok(0)
     })
 }
@@ -554,7 +564,8 @@ pub unsafe extern "C" fn blkfuse_export_delete(export: *mut *mut blkfuse_export)
 /// As blkfuse_export_delete(), and waits until the export is gone: ops->deleted
 /// has been called and no thread is left. Waits at most `timeout_ms`
 /// milliseconds, or without end if that is negative. Must not be called by a
-/// thread that is needed to complete requests.
+/// thread that is needed to complete requests (-EDEADLK in one that is attached
+/// to a queue).
 ///
 /// Returns 0; -ETIMEDOUT: the export is deleted, but the driver has not
 /// completed every request; otherwise as blkfuse_export_delete().
@@ -568,7 +579,7 @@ pub unsafe extern "C" fn blkfuse_export_delete_wait(
 ) -> c_int {
     guard(|| {
         // SAFETY: the caller's promise.
-        let Some(export) = unsafe { take(export) }? else {
+        let Some(export) = unsafe { take(export, true) }? else {
             return Ok(0);
         };
         match export.started.into_inner() {
@@ -578,11 +589,15 @@ pub unsafe extern "C" fn blkfuse_export_delete_wait(
     })
 }
 
-/// Takes the export out of the host's pointer, if it may be deleted.
+/// Takes the export out of the host's pointer, if it may be deleted; `waits`:
+/// by somebody who waits for its end.
 ///
 /// # Safety
 /// As [`blkfuse_export_delete`].
-unsafe fn take(export: *mut *mut blkfuse_export) -> Result<Option<Box<blkfuse_export>>> {
+unsafe fn take(
+    export: *mut *mut blkfuse_export,
+    waits: bool,
+) -> Result<Option<Box<blkfuse_export>>> {
     // SAFETY: the caller's promise.
     let Some(place) = (unsafe { export.as_mut() }) else {
         return Ok(None);
@@ -594,6 +609,11 @@ unsafe fn take(export: *mut *mut blkfuse_export) -> Result<Option<Box<blkfuse_ex
     match inner.started.get() {
         Some(started) if started.is_dispatching() => {
             let text = "an export cannot be deleted from within its callback";
+            return Err(Error::new(libc::EDEADLK, text));
+        }
+        Some(started) if waits && started.is_attached() => {
+            let text = "a thread that is attached to the export's queues would wait for itself; \
+                        use blkfuse_export_delete(), and dispatch until -ESHUTDOWN";
             return Err(Error::new(libc::EDEADLK, text));
         }
         None if inner.starting.load(SeqCst) => {

@@ -33,6 +33,17 @@ pub enum IoUring {
     Auto,
 }
 
+/// Whose threads run an export's queues.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Threads {
+    /// The library's: one for each queue, from the start on.
+    #[default]
+    Library,
+    /// The program's own, which attach themselves to the queues and dispatch
+    /// them from their event loops: [`HostQueue`](crate::HostQueue).
+    Host,
+}
+
 /// An export's settings before it starts.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Config {
@@ -47,6 +58,7 @@ pub(crate) struct Config {
     pub(crate) allow_other: AllowOther,
     /// 0: one for each CPU available.
     pub(crate) queues: usize,
+    pub(crate) threads: Threads,
     pub(crate) io_uring: IoUring,
     /// io_uring's entries for each kernel queue; `None`: as the budget allows.
     pub(crate) queue_depth: Option<usize>,

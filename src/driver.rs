@@ -141,13 +141,15 @@ pub trait BlockDriver: Send + Sync + 'static {
     }
 
     /// A queue begins to serve; called on its thread, before any request of
-    /// that queue. An error makes the export's start fail.
+    /// that queue. An error makes the export's start fail, or
+    /// [`HostQueue::attach`](crate::HostQueue::attach), which calls it anew for
+    /// every thread.
     fn queue_start(&self, queue: QueueInfo) -> io::Result<()> {
         Ok(())
     }
 
-    /// A queue has ended: no request of it is in flight, none will follow.
-    /// Called on its thread, once for each successful
+    /// A queue has ended, or its thread leaves it: no request of it is in
+    /// flight, none will follow. Called on its thread, once for each successful
     /// [`queue_start`](Self::queue_start).
     fn queue_stop(&self, queue: usize) {}
 

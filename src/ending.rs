@@ -121,7 +121,12 @@ impl Ending {
         self.children.lock().clear();
     }
 
-    /// The threads that have unmounted, to be joined.
+    /// Keeps a thread that ends with the export.
+    pub(crate) fn keep_thread(&self, thread: JoinHandle<()>) {
+        self.threads.lock().push(thread);
+    }
+
+    /// The threads that have unmounted, or run queues to their end; to be joined.
     pub(crate) fn take_threads(&self) -> Vec<JoinHandle<()>> {
         std::mem::take(&mut self.threads.lock())
     }

@@ -93,6 +93,11 @@ impl Exchange {
         }
     }
 
+    /// Makes every queue look at what it has.
+    pub(crate) fn kick(&self) {
+        self.places.iter().for_each(|place| place.wakeups.kick());
+    }
+
     pub(crate) fn queues(&self) -> usize {
         self.places.len()
     }

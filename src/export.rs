@@ -15,17 +15,18 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::config::{Config, IoUring};
+use crate::config::{Config, IoUring, Threads};
 use crate::control::{Control, Latch, Phase};
 use crate::driver::BlockDriver;
 use crate::ending::{Ending, Wait};
 use crate::error::{Error, Result};
 use crate::file::File;
+use crate::hostqueue::{self, HostQueue};
 use crate::legacy;
 use crate::mount::{AllowOther, Mount, Unmount};
 use crate::passthrough::Backing;
 use crate::protocol::Agreement;
-use crate::start::{self, Carrier};
+use crate::start::{self, Carrier, QueueRunners};
 use crate::stats::{AllStats, Stats};
 use crate::unforked::FuseDevice;
 
@@ -139,6 +140,15 @@ impl<D: BlockDriver> Builder<D> {
         self
     }
 
+    /// Whose threads these are. Default: [`Threads::Library`]. With
+    /// [`Threads::Host`] clients wait from the start on until threads of the
+    /// program have attached themselves to every [queue](Export::queue); over
+    /// io_uring this process must be allowed to run on every CPU.
+    pub fn threads(mut self, threads: Threads) -> Self {
+        self.config.threads = threads;
+        self
+    }
+
     /// Whether requests come through FUSE-over-io_uring. Default:
     /// [`IoUring::Auto`].
     pub fn io_uring(mut self, io_uring: IoUring) -> Self {
@@ -196,7 +206,9 @@ impl<D: BlockDriver> Builder<D> {
 #[derive(Debug)]
 pub struct Export {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<JoinHandle<Option<HostQueue>>>,
+    /// Those that the program's threads run.
+    queues: Vec<HostQueue>,
     gone: Arc<Latch>,
     carrier: Carrier,
 }
@@ -215,9 +227,9 @@ pub(crate) struct Shared {
     device: Mutex<Option<Arc<FuseDevice>>>,
     /// What the kernel reads by itself; closed before `device`.
     backing: Mutex<Option<Backing>>,
-    /// Threads of queues that have not ended.
+    /// Queues that have not ended.
     running: AtomicUsize,
-    ending: Arc<Ending>,
+    pub(crate) ending: Arc<Ending>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -272,8 +284,8 @@ impl Shared {
         }
     }
 
-    /// The thread of one queue ends; it has closed its descriptor.
-    pub(crate) fn thread_ended(&self) {
+    /// One queue has ended; it has closed its descriptor.
+    pub(crate) fn queue_ended(&self) {
         if self.running.fetch_sub(1, SeqCst) == 1 {
             self.backing.lock().take();
             self.device.lock().take();
@@ -325,7 +337,7 @@ impl Export {
     /// An export that serves, and is mounted if it has a `mount`.
     pub(crate) fn new(
         shared: Arc<Shared>,
-        threads: Vec<JoinHandle<()>>,
+        runners: QueueRunners,
         mount: Option<Mount>,
         carrier: Carrier,
         gone: Arc<Latch>,
@@ -334,9 +346,14 @@ impl Export {
             let set = shared.mount.set(mount);
             debug_assert!(set.is_ok(), "an export is mounted once");
         }
+        let (threads, queues) = match runners {
+            QueueRunners::Threads(threads) => (threads, Vec::new()),
+            QueueRunners::Host(queues) => (Vec::new(), queues),
+        };
         Self {
             shared,
             threads,
+            queues,
             gone,
             carrier,
         }
@@ -350,7 +367,8 @@ impl Export {
     /// Asks for the end. Whatever `how` is, requests in flight are answered
     /// when the driver is done with them; [`delete`](Self::delete) waits for
     /// that, this does not. It returns when the file has been unmounted, or
-    /// after two seconds if that takes longer, or at once within a callback.
+    /// after two seconds if that takes longer, or at once within a callback and
+    /// in a thread that is attached to one of the queues.
     /// What clients have written into mapped memory is written back first,
     /// except by [`Stop::Force`] and in a drain.
     ///
@@ -380,13 +398,26 @@ impl Export {
             }
             Stop::IfIdle => {}
         }
-        let wait = if control.is_dispatching() {
+        release_queues(control, &self.queues);
+        let wait = if self.is_needed() {
             Wait::No
         } else {
             Wait::Until(deadline_after(patience))
         };
         let ending = shared.ending.clone();
-        ending.run(move || shared.unmount(how), wait)
+        let queues = self.queues.clone();
+        let unmount = move || {
+            let unmounted = shared.unmount(how);
+            release_queues(&shared.control, &queues);
+            unmounted
+        };
+        ending.run(unmount, wait)
+    }
+
+    /// Whether the calling thread is one that serves this export.
+    fn is_needed(&self) -> bool {
+        let control = &self.shared.control;
+        control.is_dispatching() || hostqueue::runs_queue_of(control)
     }
 
     /// Stops the export if that has not happened, and waits until it is gone:
@@ -395,17 +426,18 @@ impl Export {
     /// then goes when the driver has completed what is in flight. Another
     /// error: the export is gone, but its mount could not be removed.
     ///
-    /// Refused within a callback of this export (`EDEADLK`); it is then
-    /// stopped and goes by itself.
+    /// Refused within a callback of this export, and in a thread that is
+    /// attached to one of its queues (`EDEADLK`); it is then stopped and goes by
+    /// itself. Its queues go on until they are [ended](crate::Dispatched::Ended).
     pub fn delete(mut self, timeout: Option<Duration>) -> Result<()> {
         let deadline = timeout.and_then(deadline_after);
-        if self.shared.control.is_dispatching() {
+        if self.is_needed() {
             return Err(deadlock("delete"));
         }
         let name = self.shared.control.name.clone();
         let patience = timeout.map_or(UNMOUNT_PATIENCE, |t| t.min(UNMOUNT_PATIENCE));
         let stopped = self.stop_within(Stop::Lazy, patience);
-        let mut threads = std::mem::take(&mut self.threads);
+        let threads = std::mem::take(&mut self.threads);
         let ending = self.shared.ending.clone();
         let gone = self.gone.clone();
         let stats = self.shared.stats.clone();
@@ -417,7 +449,7 @@ impl Export {
             };
             return Err(Error::new(libc::ETIMEDOUT, format!("{name}: {what}")));
         }
-        threads.append(&mut ending.take_threads());
+        join(ending.take_threads());
         join(threads);
         ending.drop_children();
         stopped
@@ -453,8 +485,12 @@ impl Export {
 
     /// Waits until every request that has been begun is answered, holding
     /// later ones up meanwhile. `ETIMEDOUT` if that takes longer than
-    /// `timeout`; `EDEADLK` within a callback.
+    /// `timeout`; `EDEADLK` within a callback, and in a thread that is attached
+    /// to one of the queues.
     pub fn drain(&self, timeout: Option<Duration>) -> Result<()> {
+        if self.is_needed() {
+            return Err(deadlock("drain"));
+        }
         self.drain_begin()?;
         let deadline = timeout.and_then(deadline_after);
         let empty = self.shared.control.requests.wait_empty(deadline);
@@ -470,8 +506,8 @@ impl Export {
     /// [`BlockDriver::length`] and tells the kernel. When this returns,
     /// clients that ask see the new length; asynchronous reads and appends
     /// through open descriptors go by it, too, unless this is called within a
-    /// drain or a callback and the length grew within a page (of 4096 bytes):
-    /// then from the next stat on.
+    /// drain or a callback, or by a thread that is attached to a queue, and the
+    /// length grew within a page (of 4096 bytes): then from the next stat on.
     ///
     /// `EINVAL`: with [`Builder::passthrough`] the device and its backing file
     /// are of different lengths now; clients still see the old one.
@@ -501,8 +537,8 @@ impl Export {
             length = again;
         }
         let device = device.lock().clone();
-        // Neither within a callback nor in a drain may this wait for requests.
-        let served = !control.is_dispatching() && !control.requests.is_closed();
+        // Whoever serves must not wait for requests, nor may anybody in a drain.
+        let served = !self.is_needed() && !control.requests.is_closed();
         if device.is_some_and(|d| legacy::notify_resized(d.as_fd(), file.told(), length, served)) {
             file.tell_reached(length);
         }
@@ -533,6 +569,12 @@ impl Export {
         self.shared.stats.queue_count()
     }
 
+    /// The queue number `index`, counted from 0, of an export with
+    /// [`Threads::Host`]; `None` if there is none, or the library runs it.
+    pub fn queue(&self, index: usize) -> Option<&HostQueue> {
+        self.queues.get(index)
+    }
+
     /// The largest read and write that reaches the driver, in bytes.
     pub fn max_request(&self) -> u32 {
         self.shared.agreement.max_request
@@ -541,6 +583,11 @@ impl Export {
     /// Whether the caller is inside a callback of this export.
     pub(crate) fn is_dispatching(&self) -> bool {
         self.shared.control.is_dispatching()
+    }
+
+    /// Whether the calling thread is attached to a queue of this export.
+    pub(crate) fn is_attached(&self) -> bool {
+        hostqueue::runs_queue_of(&self.shared.control)
     }
 
     /// Whether others than the owner may use the file, as far as its mode lets
@@ -582,8 +629,16 @@ impl Drop for Export {
     }
 }
 
+/// The export ends, if it does: queues that no thread is attached to are run to
+/// their end by threads of the library's.
+fn release_queues(control: &Control, queues: &[HostQueue]) {
+    if control.phase() != Phase::Serving {
+        queues.iter().for_each(HostQueue::take_over);
+    }
+}
+
 /// Waits for threads to end, except for the caller's own.
-pub(crate) fn join(threads: Vec<JoinHandle<()>>) {
+pub(crate) fn join<T>(threads: Vec<JoinHandle<T>>) {
     for thread in threads {
         if thread.thread().id() != thread::current().id() && thread.join().is_err() {
             log::error!("one of the export's threads panicked");

@@ -31,7 +31,7 @@ use crate::protocol::{
 use crate::ring::Ring;
 use crate::seat::SeatedThread;
 use crate::slot::{Reply, Slot};
-use crate::transport::{Fetched, Transport};
+use crate::transport::{Fetched, Transport, Unbound};
 use crate::unforked::FuseDevice;
 use crate::wakeups::Wakeups;
 
@@ -251,15 +251,16 @@ fn store_zero(device: BorrowedFd<'_>, offset: u64) -> nix::Result<()> {
     notify(device, notify::STORE, &[store.as_bytes(), &[0]].concat())
 }
 
-/// What the kernel is to call the request that it is asked for: a number that
-/// it gives no other.
-const ASKED_FOR: u64 = 1 << 62;
+/// From here on numbers are free for requests that the kernel is asked for; it
+/// gives them to no other.
+pub(crate) const ASKED_FOR: u64 = 1 << 62;
 
 /// Has the kernel send a request that nobody waits for and that does not count
-/// as a background request: NOTIFY_REPLY, with none of the file's bytes.
-pub(crate) fn ask_for_a_request(device: BorrowedFd<'_>) -> nix::Result<()> {
+/// as a background request: NOTIFY_REPLY, with none of the file's bytes, and
+/// with the number `unique`, which no other request may have meanwhile.
+pub(crate) fn ask_for_a_request(device: BorrowedFd<'_>, unique: u64) -> nix::Result<()> {
     let retrieve = NotifyRetrieveOut {
-        unique: ASKED_FOR,
+        unique,
         nodeid: ROOT_ID,
         offset: 0,
         size: 0,
@@ -271,7 +272,7 @@ pub(crate) fn ask_for_a_request(device: BorrowedFd<'_>) -> nix::Result<()> {
 /// One queue's connection to /dev/fuse.
 pub(crate) struct Legacy {
     device: Arc<FuseDevice>,
-    epoll: Epoll,
+    epoll: Arc<Epoll>,
     wakeups: Arc<Wakeups>,
     jobs: JobRing,
     /// What was found while the queue waited awake.
@@ -307,7 +308,7 @@ impl Legacy {
         )?;
         Ok(Self {
             device,
-            epoll,
+            epoll: Arc::new(epoll),
             wakeups,
             jobs: JobRing::Unmade,
             found: None,
@@ -317,6 +318,18 @@ impl Legacy {
             capacity: max_request.max(MIN_READ_BUFFER),
             watches: false,
         })
+    }
+
+    /// Without what belongs to its thread.
+    pub(crate) fn unbound(mut self: Box<Self>) -> Box<Self> {
+        // The next thread makes a ring of its own.
+        self.jobs = JobRing::Unmade;
+        self
+    }
+
+    /// What becomes readable when the queue has something to do.
+    pub(crate) fn descriptor(&self) -> Arc<Epoll> {
+        self.epoll.clone()
     }
 
     /// Its descriptor of /dev/fuse.
@@ -535,8 +548,27 @@ impl Transport for Legacy {
         }
     }
 
+    fn has_news(&mut self, wanted: bool) -> bool {
+        (wanted && self.found.is_some()) || self.jobs.has_news()
+    }
+
+    fn is_overslept(&mut self, wanted: bool) -> Result<bool> {
+        // The descriptor shows everything else as long as it is there.
+        Ok(wanted && self.found.is_some())
+    }
+
+    fn unbind(self: Box<Self>) -> (Box<dyn Unbound>, Result<()>) {
+        (self.unbound(), Ok(()))
+    }
+
     fn fall_back(self: Box<Self>) -> Box<dyn Transport> {
         self
+    }
+}
+
+impl Unbound for Legacy {
+    fn bind(self: Box<Self>) -> std::result::Result<Box<dyn Transport>, (Box<dyn Unbound>, Error)> {
+        Ok(self)
     }
 }
 

@@ -51,7 +51,7 @@
 //!
 //! A *queue* (queue.rs) owns a transport and a task (task.rs) for each of its
 //! slots; a thread of the library's runs it, which waits awake where that pays
-//! (polling.rs). Over io_uring the queues hand each other the kernel's entries
+//! (polling.rs), or a thread of the program's own (hostqueue.rs). Over io_uring the queues hand each other the kernel's entries
 //! (exchange.rs), so that each serves whom it serves best (placement.rs), from
 //! the right CPU (seat.rs). The *export* (export.rs) is the
 //! life around the queues: mounting (mount.rs), the drain and the phases of
@@ -86,6 +86,7 @@ mod export;
 mod file;
 mod forward;
 mod gate;
+mod hostqueue;
 mod jobring;
 mod legacy;
 mod mount;
@@ -115,9 +116,10 @@ mod uring;
 mod wakeups;
 
 pub use capi::CDriver;
-pub use config::IoUring;
+pub use config::{IoUring, Threads};
 pub use driver::{BlockDriver, Event, Extent, Features, Io, Limits, QueueInfo, ReadBuf};
 pub use error::{Error, Result};
 pub use export::{Builder, Export, State, Stop};
+pub use hostqueue::{Dispatched, HostQueue};
 pub use mount::AllowOther;
 pub use stats::{LATENCY_BUCKETS, OP_KINDS, OpKind, OpStats, Stats};

@@ -6,7 +6,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
-use crate::config::{Config, IoUring, QUEUES_LIMIT, check_depth, check_request};
+use crate::config::{Config, IoUring, QUEUES_LIMIT, Threads, check_depth, check_request};
 use crate::error::{Error, Result};
 use crate::export::{Export, State};
 use crate::mount::AllowOther;
@@ -144,6 +144,25 @@ pub(crate) static PROPERTIES: &[Property] = &[
         get: |view| {
             let queues = view.export.map_or(view.config.queues, Export::queue_count);
             Some(Value::U64(queues as u64))
+        },
+    },
+    Property {
+        key: "threads",
+        kind: Kind::Str,
+        set: Some(|config, value| {
+            config.threads = match text(value)?.as_bytes() {
+                b"library" => Threads::Library,
+                b"host" => Threads::Host,
+                _ => return Err(invalid("is neither library nor host")),
+            };
+            Ok(())
+        }),
+        get: |view| {
+            let word = match view.config.threads {
+                Threads::Library => "library",
+                Threads::Host => "host",
+            };
+            Some(Value::Str(word.into()))
         },
     },
     Property {

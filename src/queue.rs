@@ -15,7 +15,7 @@ use crate::forward::Port;
 use crate::polling::Polling;
 use crate::slot::{Reply, Slot};
 use crate::task::{Answered, Tasks};
-use crate::transport::{Fetched, Transport};
+use crate::transport::{Fetched, Transport, Unbound};
 use crate::wakeups::Wakeups;
 
 /// How many requests are begun before the queue looks around again.
@@ -52,6 +52,8 @@ pub(crate) struct Queue<T> {
     /// The connection has ended or the transport is broken.
     ended: bool,
     polling: Polling,
+    /// The descriptor shows that there is more to do, until it is cleared.
+    is_shown: bool,
     /// How long the driver has worked since answers were sent.
     unsent_for: Duration,
     /// As long as this queue may have requests in flight.
@@ -68,6 +70,78 @@ impl Queue<Box<dyn Transport>> {
     }
 }
 
+/// A queue that no thread runs. It has nothing in flight.
+pub(crate) struct DetachedQueue {
+    index: usize,
+    control: Arc<Control>,
+    wakeups: Arc<Wakeups>,
+    transport: Box<dyn Unbound>,
+    parked: VecDeque<Box<Slot>>,
+    ended: bool,
+    unfinished: Option<Unfinished>,
+}
+
+impl Queue<Box<dyn Transport>> {
+    /// Leaves the thread; without anything in flight, for futures belong to
+    /// their thread.
+    pub(crate) fn detach(mut self) -> DetachedQueue {
+        assert!(self.is_at_rest(), "a request is in flight");
+        // Nobody wakes it, so that its descriptor does not keep anybody awake.
+        self.wakeups.awake();
+        if let Err(error) = self.transport.want_requests(false) {
+            self.broken(error);
+        }
+        let (transport, unbound) = Box::new(self.transport).unbind();
+        if let Err(error) = unbound {
+            self.ended = true;
+            self.control.halt(error);
+            // Nobody will hear of requests that were lost.
+            self.control.abort();
+        }
+        self.wakeups.clear();
+        DetachedQueue {
+            index: self.index,
+            control: self.control,
+            wakeups: self.wakeups,
+            transport,
+            parked: self.parked,
+            ended: self.ended,
+            unfinished: self.unfinished,
+        }
+    }
+}
+
+impl DetachedQueue {
+    /// Goes on in the calling thread, which is not to call [`Queue::wait`]. Its
+    /// descriptor is readable. Can be tried again if it fails.
+    pub(crate) fn attach(
+        self,
+        tasks: Tasks,
+        port: Rc<Port>,
+    ) -> Result<Queue<Box<dyn Transport>>, (Self, Error)> {
+        let transport = match self.transport.bind() {
+            Ok(transport) => transport,
+            Err((transport, error)) => return Err((Self { transport, ..self }, error)),
+        };
+        let mut queue = Queue {
+            parked: self.parked,
+            ended: self.ended,
+            unfinished: self.unfinished,
+            ..Queue::idle(
+                self.index,
+                self.control,
+                self.wakeups,
+                transport,
+                tasks,
+                port,
+            )
+        };
+        queue.announce_wants();
+        queue.wakeups.rouse();
+        Ok(queue)
+    }
+}
+
 impl<T: Transport> Queue<T> {
     /// `tasks`: as many as the transport has slots; they leave their jobs at
     /// `port`.
@@ -80,8 +154,24 @@ impl<T: Transport> Queue<T> {
         port: Rc<Port>,
     ) -> Self {
         let mut queue = Self {
-            index,
             unfinished: Some(Unfinished::new(&control)),
+            ..Self::idle(index, control, wakeups, transport, tasks, port)
+        };
+        queue.announce_wants();
+        queue
+    }
+
+    /// One that nobody knows of.
+    fn idle(
+        index: usize,
+        control: Arc<Control>,
+        wakeups: Arc<Wakeups>,
+        transport: T,
+        tasks: Tasks,
+        port: Rc<Port>,
+    ) -> Self {
+        Self {
+            index,
             control,
             wakeups,
             transport,
@@ -93,10 +183,10 @@ impl<T: Transport> Queue<T> {
             in_batch: false,
             ended: false,
             polling: Polling::default(),
+            is_shown: false,
             unsent_for: Duration::ZERO,
-        };
-        queue.announce_wants();
-        queue
+            unfinished: None,
+        }
     }
 
     /// Runs what can run and begins at most `budget` requests. Never blocks,
@@ -166,6 +256,58 @@ impl<T: Transport> Queue<T> {
         } else {
             Progress::Idle
         }
+    }
+
+    /// As [`dispatch`](Self::dispatch), for a thread that sleeps until the
+    /// queue's descriptor is readable, and not in [`wait`](Self::wait). While
+    /// there is [`More`](Progress::More) to do it is.
+    pub(crate) fn dispatch_between_sleeps(&mut self, budget: usize) -> Progress {
+        self.wakeups.awake();
+        let progress = match self.dispatch(budget) {
+            Progress::Idle if !self.may_sleep() => Progress::More,
+            progress => progress,
+        };
+        if progress == Progress::More && !self.is_shown {
+            self.is_shown = true;
+            self.wakeups.show();
+        }
+        progress
+    }
+
+    /// Has the descriptor tell from now on that there is something to do; false
+    /// if there is already.
+    fn may_sleep(&mut self) -> bool {
+        self.flush();
+        // What comes after this makes it readable again; what came before is
+        // found by the looks that follow.
+        self.wakeups.clear();
+        self.is_shown = false;
+        if !self.wakeups.fall_asleep() {
+            return false;
+        }
+        let overslept = self.transport.is_overslept(self.wants_requests);
+        let may_sleep = match overslept {
+            Ok(overslept) => !overslept,
+            Err(error) => {
+                self.broken(error);
+                false
+            }
+        };
+        if !may_sleep {
+            self.wakeups.awake();
+        }
+        may_sleep
+    }
+
+    /// Whether there may be something to do; makes no system call, and may not
+    /// know of everything.
+    pub(crate) fn has_news(&mut self) -> bool {
+        self.wakeups.is_needed() || self.transport.has_news(self.wants_requests)
+    }
+
+    /// Whether nothing is in flight.
+    pub(crate) fn is_at_rest(&self) -> bool {
+        self.in_flight == 0 && self.port.in_flight() == 0
     }
 
     /// Waits until there is something to dispatch; awake, as long as that pays.

@@ -151,6 +151,20 @@ impl Ring {
         })
     }
 
+    /// Has the kernel raise `event`, an eventfd, whenever it has something for
+    /// this ring's thread that comes after nothing: completions, or what brings
+    /// them when the thread enters.
+    pub(crate) fn signal(&self, event: BorrowedFd<'_>) -> io::Result<()> {
+        self.inner.submitter().register_eventfd(event.as_raw_fd())
+    }
+
+    /// Has it raise no eventfd any more: otherwise its closing does, at some
+    /// time.
+    pub(crate) fn signal_nobody(&self) {
+        // Fails only if there was none.
+        let _ = self.inner.submitter().unregister_eventfd();
+    }
+
     /// Queues a command; it reaches the kernel with the next call that enters
     /// it.
     ///
@@ -201,7 +215,7 @@ impl Ring {
     /// only a part of. The flag that says so is not to be waited for: the
     /// kernel raises it after it has added the work, so that it may stay up
     /// when the work has long been done.
-    fn settle(&mut self) -> io::Result<()> {
+    pub(crate) fn settle(&mut self) -> io::Result<()> {
         for _ in 0..=self.most / TASKS {
             self.submit()?;
             if !self.inner.submission().taskrun() {

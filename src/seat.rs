@@ -4,6 +4,7 @@
 use std::{io, thread};
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::signal::SigSet;
 use nix::unistd::Pid;
 
 use crate::placement::Seat;
@@ -61,13 +62,47 @@ impl SeatedThread {
 
 /// Runs `f` in a thread of its own on one CPU, if it may run there.
 pub(crate) fn on_cpu<T: Send>(cpu: usize, f: impl FnOnce() -> T + Send) -> io::Result<T> {
-    let pinned = || {
-        let mut cpus = CpuSet::new();
-        let _ = cpus.set(cpu).and_then(|()| sched_setaffinity(THIS, &cpus));
+    in_a_thread(|| {
+        let _ = move_to(cpu);
+        f()
+    })
+}
+
+/// Runs `f` in a thread of its own on each of `cpus`, one after the other.
+/// Returns those where that thread may not run: they are not there, or not for
+/// this process.
+pub(crate) fn on_each_cpu(
+    cpus: impl Iterator<Item = usize> + Send,
+    f: impl FnMut(usize) + Send,
+) -> io::Result<Vec<usize>> {
+    in_a_thread(|| {
+        let mut f = f;
+        let mut closed = Vec::new();
+        for cpu in cpus {
+            match move_to(cpu) {
+                Ok(()) => f(cpu),
+                Err(_) => closed.push(cpu),
+            }
+        }
+        closed
+    })
+}
+
+/// Has the calling thread run on one CPU.
+fn move_to(cpu: usize) -> nix::Result<()> {
+    let mut cpus = CpuSet::new();
+    cpus.set(cpu)?;
+    sched_setaffinity(THIS, &cpus)
+}
+
+fn in_a_thread<T: Send>(f: impl FnOnce() -> T + Send) -> io::Result<T> {
+    let unsignalled = || {
+        // The program's signals are for the program's own threads.
+        let _ = SigSet::all().thread_block();
         f()
     };
     thread::scope(|scope| {
-        let thread = thread::Builder::new().spawn_scoped(scope, pinned)?;
+        let thread = thread::Builder::new().spawn_scoped(scope, unsignalled)?;
         thread
             .join()
             .map_err(|_| io::Error::other("a thread panicked"))

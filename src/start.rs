@@ -25,20 +25,21 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::SigSet;
 
-use crate::config::{Config, IoUring};
+use crate::config::{Config, IoUring, Threads};
 use crate::control::{Control, Latch, Owned, Phase};
 use crate::driver::{BlockDriver, Limits, QueueInfo};
 use crate::error::{Error, Result};
 use crate::export::{Export, Shared, join};
 use crate::file::{File, FilePolicy};
 use crate::forward::Port;
+use crate::hostqueue::{Core, HostQueue, TaskMaker};
 use crate::legacy::{self, Init, Legacy};
 use crate::mount::{self, Aborter, AllowOther, MountOptions, Mounting, Outcome, Probe};
 use crate::operations::{Device, serve};
 use crate::passthrough::{self, Backing};
 use crate::plan::{Plan, Wish};
 use crate::protocol::{Agreement, Offer};
-use crate::queue::{BUDGET, Progress, Queue};
+use crate::queue::{BUDGET, DetachedQueue, Progress, Queue};
 use crate::seat;
 use crate::system::System;
 use crate::task::Tasks;
@@ -132,30 +133,44 @@ pub(crate) fn start<D: BlockDriver>(
         .map(|_| Wakeups::new(slots).map(Arc::new))
         .collect::<nix::Result<Box<[_]>>>()
         .map_err(|e| Error::from_io("cannot make an eventfd", &e.into()))?;
-    let share = plan.map(|plan| Arc::new(Share::new(plan, seat::some_cpu(), &wakeups)));
-    let threads = QueueThreads::start(&shared, &driver, share.as_ref(), wakeups, slots)?;
+    let hosted = config.threads == Threads::Host;
+    let share = plan.map(|plan| {
+        let share = Share::new(plan, seat::some_cpu(), &wakeups, hosted);
+        Arc::new(share)
+    });
+    // Its clients are there already, and are to wait for the program's threads.
+    let held_up = (hosted && config.fuse_fd.is_some()).then(|| HeldUp::new(&shared.control));
+    let threads = QueueThreads::start(&shared, &driver, share.as_ref(), wakeups, slots, hosted)?;
     let began = Beginning {
         choice,
         threads: &threads,
         backing,
     }
-    .run(&connection, share)
-    .and_then(|carrier| {
-        let attached = connection.mounting.take().map(Mounting::attach);
-        Ok((carrier, attached.transpose()?))
-    });
-    let (carrier, attached) = match began {
-        Ok(began) => began,
+    .run(&connection, share);
+    let carrier = match began {
+        Ok(carrier) => carrier,
         Err(error) => {
             // Before the mount goes: the kernel waits for what they serve.
             threads.end();
             return Err(error);
         }
     };
-    let mount = attached.map(|(_device, mount)| mount);
+    let runners = if hosted {
+        threads.leave()?
+    } else {
+        threads.settle()
+    };
+    drop(held_up);
+    let mount = match connection.mounting.take().map(Mounting::attach).transpose() {
+        Ok(attached) => attached.map(|(_device, mount)| mount),
+        Err(error) => {
+            runners.end(&shared);
+            return Err(error);
+        }
+    };
     shared.file.publish();
     log_start(&shared, queues, carrier);
-    let export = Export::new(shared.clone(), threads.settle(), mount, carrier, gone);
+    let export = Export::new(shared.clone(), runners, mount, carrier, gone);
     shared.control.announce();
     if shared.control.phase() == Phase::Closed {
         let name = &shared.control.name;
@@ -166,6 +181,23 @@ pub(crate) fn start<D: BlockDriver>(
         return Err(export.failure().unwrap_or(ended));
     }
     Ok(export)
+}
+
+/// Requests wait as long as it lives.
+struct HeldUp(Arc<Control>);
+
+impl HeldUp {
+    fn new(control: &Arc<Control>) -> Self {
+        control.requests.close();
+        Self(control.clone())
+    }
+}
+
+impl Drop for HeldUp {
+    fn drop(&mut self) {
+        self.0.requests.open();
+        self.0.kick();
+    }
 }
 
 /// An error that says which export it is about.
@@ -254,6 +286,9 @@ impl Choice<'_> {
                         to use it, set \"io-uring\" to on";
             return Err(Error::new(libc::EOPNOTSUPP, text));
         }
+        if self.config.threads == Threads::Host {
+            self.check_reach(system)?;
+        }
         let kernel_queues = system
             .possible_cpus()
             .map_err(|e| Error::from_io("cannot count the CPUs", &e))?;
@@ -264,6 +299,25 @@ impl Choice<'_> {
             max_request: self.config.max_request,
             budget: self.config.memory_budget(),
         })
+    }
+
+    /// A queue can change threads only if this process may run wherever there
+    /// are clients (uring.rs).
+    fn check_reach(&self, system: &System) -> Result<()> {
+        let online = system
+            .online_cpus()
+            .map_err(|e| Error::from_io("cannot list the CPUs", &e))?;
+        let closed = seat::on_each_cpu(online.into_iter(), |_| ())
+            .map_err(|e| Error::from_io("cannot start a thread", &e))?;
+        match closed.first() {
+            None => Ok(()),
+            Some(cpu) => {
+                let text = format!(
+                    "this process may not run on CPU {cpu}, which io_uring with host threads                      needs; let its cpuset have all CPUs"
+                );
+                Err(Error::new(libc::EOPNOTSUPP, text))
+            }
+        }
     }
 
     /// There can be no rings: goes on without, unless they were insisted on.
@@ -476,6 +530,28 @@ enum Order {
     Register,
     /// Serve /dev/fuse after all.
     FallBack,
+    /// Leave the queue to the program's threads.
+    Leave,
+}
+
+/// Who runs an export's queues.
+pub(crate) enum QueueRunners {
+    Threads(Vec<JoinHandle<Option<HostQueue>>>),
+    Host(Vec<HostQueue>),
+}
+
+impl QueueRunners {
+    /// Undoes a start.
+    fn end(self, shared: &Shared) {
+        shared.control.advance(Phase::Closed);
+        match self {
+            Self::Threads(threads) => join(threads),
+            Self::Host(queues) => {
+                queues.iter().for_each(HostQueue::take_over);
+                join(shared.ending.take_threads());
+            }
+        }
+    }
 }
 
 /// What it says: that it cannot go on; that it goes on without its ring; or
@@ -486,7 +562,7 @@ type Report = Result<Option<Error>>;
 struct QueueThread {
     orders: mpsc::Sender<Order>,
     reports: mpsc::Receiver<Report>,
-    thread: JoinHandle<()>,
+    thread: JoinHandle<Option<HostQueue>>,
 }
 
 /// The threads of all queues.
@@ -498,13 +574,15 @@ struct QueueThreads {
 impl QueueThreads {
     /// Starts them, each with a ring if there is a `share`; they report when
     /// they have what they need. If one cannot be started, none is left.
-    /// `slots`: how many requests each may have in flight.
+    /// `slots`: how many requests each may have in flight; `hosted`: they will
+    /// leave the queues to the program's threads.
     fn start<D: BlockDriver>(
         shared: &Arc<Shared>,
         driver: &Arc<Owned<D>>,
         share: Option<&Arc<Share>>,
         wakeups: Box<[Arc<Wakeups>]>,
         slots: usize,
+        hosted: bool,
     ) -> Result<Self> {
         shared.control.set_queues(wakeups.clone());
         let mut threads = Self {
@@ -515,10 +593,10 @@ impl QueueThreads {
             let starter = QueueStarter {
                 shared: shared.clone(),
                 driver: driver.clone(),
-                index,
                 wakeups: wakeups.clone(),
                 share: share.cloned(),
-                slots,
+                info: QueueInfo { index, slots },
+                hosted,
             };
             if let Err(e) = threads.spawn(starter) {
                 threads.end();
@@ -532,7 +610,7 @@ impl QueueThreads {
         let (orders, take_orders) = mpsc::channel();
         let (report, reports) = mpsc::channel();
         let thread = thread::Builder::new()
-            .name(format!("blkfuse-{}", starter.index))
+            .name(format!("blkfuse-{}", starter.info.index))
             .spawn(move || starter.run(&report, take_orders))?;
         self.threads.push(QueueThread {
             orders,
@@ -565,15 +643,34 @@ impl QueueThreads {
     }
 
     /// They go on as they are.
-    fn settle(self) -> Vec<JoinHandle<()>> {
-        self.threads.into_iter().map(|t| t.thread).collect()
+    fn settle(self) -> QueueRunners {
+        QueueRunners::Threads(self.threads.into_iter().map(|t| t.thread).collect())
+    }
+
+    /// They leave their queues to the program's threads, and end.
+    fn leave(self) -> Result<QueueRunners> {
+        self.order(Order::Leave);
+        let count = self.threads.len();
+        let threads = self.threads.into_iter();
+        let queues: Vec<_> = threads
+            .filter_map(|thread| thread.thread.join().ok().flatten())
+            .collect();
+        let have_all = queues.len() == count;
+        let runners = QueueRunners::Host(queues);
+        if have_all {
+            return Ok(runners);
+        }
+        runners.end(&self.shared);
+        let ended = || Error::new(libc::ENOTCONN, "the connection has ended");
+        Err(self.shared.control.failure().unwrap_or_else(ended))
     }
 
     /// Undoes the start of a connection that nobody uses.
     fn end(self) {
         self.shared.control.advance(Phase::Closed);
+        let threads = self.threads.into_iter();
         // Without orders to come, those that wait for one end.
-        join(self.settle());
+        join(threads.map(|t| t.thread).collect());
     }
 }
 
@@ -581,24 +678,44 @@ impl QueueThreads {
 struct QueueStarter<D> {
     shared: Arc<Shared>,
     driver: Arc<Owned<D>>,
-    index: usize,
+    info: QueueInfo,
     wakeups: Arc<Wakeups>,
     share: Option<Arc<Share>>,
-    /// How many requests the queue may have in flight.
-    slots: usize,
+    /// The queue is for one of the program's threads, of which the driver is
+    /// told instead of this one.
+    hosted: bool,
 }
 
 /// What a queue's thread has before it is told how to serve.
 struct Opened {
     legacy: Box<Legacy>,
     /// The driver knows of the queue.
-    _started: StartedQueue,
+    started: Option<StartedQueue>,
 }
 
 /// A queue whose start the driver has agreed to, and of whose end it is told.
-struct StartedQueue {
+pub(crate) struct StartedQueue {
     control: Arc<Control>,
     index: usize,
+}
+
+impl StartedQueue {
+    /// Tells the driver; in the thread that will run the queue.
+    pub(crate) fn tell(control: &Arc<Control>, info: QueueInfo) -> Result<Self> {
+        let mut started = Err(Error::new(
+            libc::ENOTRECOVERABLE,
+            "the driver panicked while it started a queue",
+        ));
+        control.hook(|h| {
+            started = h
+                .queue_start(info)
+                .map_err(|e| Error::from_io("the driver cannot start a queue", &e));
+        });
+        started.map(|()| Self {
+            control: control.clone(),
+            index: info.index,
+        })
+    }
 }
 
 impl Drop for StartedQueue {
@@ -607,35 +724,42 @@ impl Drop for StartedQueue {
     }
 }
 
-/// The end of a queue's thread, however it comes.
-struct EndOfThread(Arc<Shared>);
+/// The end of a queue, however it comes.
+pub(crate) struct EndOfQueue(Arc<Shared>);
 
-impl Drop for EndOfThread {
+impl Drop for EndOfQueue {
     fn drop(&mut self) {
         if thread::panicking() {
             let text = "a queue's thread panicked";
             self.0.control.halt(Error::new(libc::ENOTRECOVERABLE, text));
         }
-        self.0.thread_ended();
+        self.0.queue_ended();
     }
 }
 
 impl<D: BlockDriver> QueueStarter<D> {
-    /// The thread of one queue.
-    fn run(self, report: &mpsc::Sender<Report>, orders: mpsc::Receiver<Order>) {
+    /// The thread of one queue. Returns the queue if it is to be left.
+    fn run(
+        self,
+        report: &mpsc::Sender<Report>,
+        orders: mpsc::Receiver<Order>,
+    ) -> Option<HostQueue> {
         // The program's signals are for the program's own threads.
         if let Err(errno) = SigSet::all().thread_block() {
             log::warn!("a queue's thread cannot block signals: {errno}");
         }
-        let _end = EndOfThread(self.shared.clone());
+        let end = EndOfQueue(self.shared.clone());
         let control = self.shared.control.clone();
         // All of this thread's calls of the driver are callbacks, not only
         // those in a dispatch.
         let _marked = control.dispatching();
         // Whoever started the thread waits for its reports.
-        let opened = match self.open() {
+        let Opened { legacy, started } = match self.open() {
             Ok(opened) => opened,
-            Err(error) => return drop(report.send(Err(error))),
+            Err(error) => {
+                let _ = report.send(Err(error));
+                return None;
+            }
         };
         let _ = report.send(Ok(None));
         let mut ring = None;
@@ -651,14 +775,30 @@ impl<D: BlockDriver> QueueStarter<D> {
             let _ = report.send(Ok(lack));
             order = orders.recv();
         }
-        let Ok(order) = order else { return };
-        let (transport, refused) = match self.transport(opened.legacy, ring, order) {
+        let order = order.ok()?;
+        let descriptor = legacy.descriptor();
+        let (transport, refused) = match self.transport(legacy, ring, order) {
             Ok(transport) => transport,
-            Err(error) => return drop(report.send(Err(error))),
+            Err(error) => {
+                let _ = report.send(Err(error));
+                return None;
+            }
         };
-        let queue = self.queue(transport);
+        let (info, shared) = (self.info, self.shared.clone());
+        let wakeups = self.wakeups.clone();
+        let make_tasks = self.task_maker();
+        let (tasks, port) = make_tasks();
+        let queue = Queue::new(info.index, control, wakeups, transport, tasks, port);
         let _ = report.send(Ok(refused));
-        serve_queue(queue, orders);
+        let queue = serve_queue(queue, orders);
+        drop(started);
+        let core = Core {
+            make_tasks,
+            info,
+            shared,
+            _end: end,
+        };
+        queue.map(|queue| HostQueue::new(queue, descriptor, core))
     }
 
     /// Makes what serving /dev/fuse takes.
@@ -667,9 +807,13 @@ impl<D: BlockDriver> QueueStarter<D> {
         let max_request = self.shared.agreement.max_request as usize;
         let legacy = Legacy::new(device, self.wakeups.clone(), max_request)
             .map_err(|e| Error::from_io("cannot watch /dev/fuse", &e.into()))?;
+        let started = match self.hosted {
+            true => None,
+            false => Some(StartedQueue::tell(&self.shared.control, self.info)?),
+        };
         Ok(Opened {
             legacy: Box::new(legacy),
-            _started: self.tell_driver()?,
+            started,
         })
     }
 
@@ -677,29 +821,9 @@ impl<D: BlockDriver> QueueStarter<D> {
     /// not take what that needs.
     fn prepare(&self) -> Result<Option<Prepared>> {
         let share = self.share.as_ref();
-        let prepared = share.map(|share| Prepared::new(share.clone(), self.index));
+        let prepared = share.map(|share| Prepared::new(share.clone(), self.info.index));
         let prepared = prepared.transpose();
         prepared.map_err(|e| Error::from_io("cannot make an io_uring", &e))
-    }
-
-    fn tell_driver(&self) -> Result<StartedQueue> {
-        let info = QueueInfo {
-            index: self.index,
-            slots: self.slots,
-        };
-        let mut started = Err(Error::new(
-            libc::ENOTRECOVERABLE,
-            "the driver panicked while it started a queue",
-        ));
-        self.shared.control.hook(|h| {
-            started = h
-                .queue_start(info)
-                .map_err(|e| Error::from_io("the driver cannot start a queue", &e));
-        });
-        started.map(|()| StartedQueue {
-            control: self.shared.control.clone(),
-            index: self.index,
-        })
     }
 
     /// The transport to serve, and why the kernel does not have all of its
@@ -717,37 +841,53 @@ impl<D: BlockDriver> QueueStarter<D> {
         Ok((Box::new(uring), refused))
     }
 
-    fn queue(self, transport: Box<dyn Transport>) -> Queue<Box<dyn Transport>> {
-        let port = Rc::new(Port::default());
-        let device = Rc::new(Device {
-            driver: self.driver,
-            file: self.shared.file.clone(),
-            stats: self.shared.stats.clone(),
-            queue: self.index,
-            port: port.clone(),
-        });
-        let tasks = Tasks::new(self.wakeups.clone(), move |task, mailbox| {
-            serve(device.clone(), task, mailbox)
-        });
-        let control = self.shared.control.clone();
-        Queue::new(self.index, control, self.wakeups, transport, tasks, port)
+    fn task_maker(self) -> TaskMaker {
+        Box::new(move || {
+            let port = Rc::new(Port::default());
+            let device = Rc::new(Device {
+                driver: self.driver.clone(),
+                file: self.shared.file.clone(),
+                stats: self.shared.stats.clone(),
+                queue: self.info.index,
+                port: port.clone(),
+            });
+            let tasks = Tasks::new(self.wakeups.clone(), move |task, mailbox| {
+                serve(device.clone(), task, mailbox)
+            });
+            (tasks, port)
+        })
     }
 }
 
-/// Serves until the export's end; `orders` may change how, until nobody gives
-/// any more.
-fn serve_queue(mut queue: Queue<Box<dyn Transport>>, orders: mpsc::Receiver<Order>) {
+/// Serves until the export's end, or until the queue is to be left; `orders`
+/// may change how, until nobody gives any more.
+fn serve_queue(
+    mut queue: Queue<Box<dyn Transport>>,
+    orders: mpsc::Receiver<Order>,
+) -> Option<DetachedQueue> {
     let mut orders = Some(orders);
+    let mut leaves = false;
     loop {
+        let progress = queue.dispatch(BUDGET);
+        if progress == Progress::Finished {
+            return None;
+        }
+        // Looked for after the dispatch: that may have taken the kick which
+        // came with an order, and no other would come.
         match orders.as_ref().map(mpsc::Receiver::try_recv) {
-            Some(Ok(Order::FallBack)) => queue = queue.fall_back(),
+            Some(Ok(Order::FallBack)) => {
+                queue = queue.fall_back();
+                continue;
+            }
+            Some(Ok(Order::Leave)) => leaves = true,
             Some(Err(mpsc::TryRecvError::Disconnected)) => orders = None,
             _ => {}
         }
-        match queue.dispatch(BUDGET) {
-            Progress::More => {}
-            Progress::Idle => queue.wait(),
-            Progress::Finished => break,
+        if leaves && queue.is_at_rest() {
+            return Some(queue.detach());
+        }
+        if progress == Progress::Idle {
+            queue.wait();
         }
     }
 }

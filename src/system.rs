@@ -11,6 +11,7 @@ const ENABLE_URING: &str = "sys/module/fuse/parameters/enable_uring";
 const IO_URING_DISABLED: &str = "proc/sys/kernel/io_uring_disabled";
 const OS_RELEASE: &str = "proc/sys/kernel/osrelease";
 const POSSIBLE_CPUS: &str = "sys/devices/system/cpu/possible";
+const ONLINE_CPUS: &str = "sys/devices/system/cpu/online";
 /// In seconds; 0: no timeout.
 const REQUEST_TIMEOUTS: [&str; 2] = ["default_request_timeout", "max_request_timeout"];
 
@@ -36,9 +37,20 @@ impl System {
     /// How many ring queues the kernel makes for a connection: one for every
     /// possible CPU, be it there or not. A ring with fewer is never ready.
     pub(crate) fn possible_cpus(&self) -> io::Result<usize> {
-        let list = fs::read_to_string(self.root.join(POSSIBLE_CPUS))?;
-        weight(&list).ok_or_else(|| {
-            let text = format!("/{POSSIBLE_CPUS} is no list of CPUs: {list:?}");
+        self.cpus(POSSIBLE_CPUS, weight)
+    }
+
+    /// The CPUs that clients can run on now.
+    pub(crate) fn online_cpus(&self) -> io::Result<Vec<usize>> {
+        let numbers = |list: &str| Some(ranges(list)?.into_iter().flatten().collect());
+        self.cpus(ONLINE_CPUS, numbers)
+    }
+
+    /// What `parse` makes of a list of CPUs.
+    fn cpus<T>(&self, path: &str, parse: impl Fn(&str) -> Option<T>) -> io::Result<T> {
+        let list = fs::read_to_string(self.root.join(path))?;
+        parse(&list).ok_or_else(|| {
+            let text = format!("/{path} is no list of CPUs: {list:?}");
             io::Error::new(io::ErrorKind::InvalidData, text)
         })
     }
@@ -99,16 +111,22 @@ impl System {
     }
 }
 
-/// How many CPUs a list like "0-3,8" has; `None` if it is no such list.
-fn weight(list: &str) -> Option<usize> {
-    let count = |range: &str| {
+/// The ranges of a list like "0-3,8"; `None` if it is no such list.
+fn ranges(list: &str) -> Option<Vec<RangeInclusive<usize>>> {
+    let range = |range: &str| {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
         let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
-        last.checked_sub(first)?.checked_add(1)
+        (first <= last).then_some(first..=last)
     };
-    list.trim()
-        .split(',')
-        .try_fold(0usize, |sum, range| sum.checked_add(count(range)?))
+    list.trim().split(',').map(range).collect()
+}
+
+/// How many CPUs such a list has.
+fn weight(list: &str) -> Option<usize> {
+    let ranges = ranges(list)?;
+    ranges.iter().try_fold(0usize, |sum, range| {
+        sum.checked_add(range.end().checked_sub(*range.start())?.checked_add(1)?)
+    })
 }
 
 /// Whether that kernel's FUSE over io_uring is known to be unsafe, as far as
@@ -203,6 +221,15 @@ mod tests {
         made.remove(POSSIBLE_CPUS);
         let error = made.system.possible_cpus().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn the_cpus_that_are_there_are_listed() {
+        let made = Made::new();
+        made.put(ONLINE_CPUS, "0-2,5\n");
+        assert_eq!(made.system.online_cpus().unwrap(), [0, 1, 2, 5]);
+        made.put(ONLINE_CPUS, "2-1\n");
+        assert!(made.system.online_cpus().is_err());
     }
 
     #[test]

@@ -70,8 +70,29 @@ pub(crate) trait Transport {
     /// early.
     fn wait(&mut self) -> Result<(), Error>;
 
+    /// Whether there may be something to do; makes no system call, and may not
+    /// know of everything. `wanted`: whether requests are.
+    fn has_news(&mut self, wanted: bool) -> bool;
+
+    /// Whether something has come that the thread must not sleep over. To be
+    /// asked last before it sleeps elsewhere than in [`wait`](Self::wait): until
+    /// the queue's descriptor is readable. `wanted`: whether requests are.
+    fn is_overslept(&mut self, wanted: bool) -> Result<bool, Error>;
+
+    /// Lets go of the thread, which is to have no job in flight. After an error
+    /// requests may be lost, and the connection is to end.
+    fn unbind(self: Box<Self>) -> (Box<dyn Unbound>, Result<(), Error>);
+
     /// What to go on with if this one cannot; it is to hold no request.
     fn fall_back(self: Box<Self>) -> Box<dyn Transport>;
+}
+
+/// A transport that no thread uses, on its way to another one.
+pub(crate) trait Unbound: Send {
+    /// Goes on in the calling thread, which will sleep until the queue's
+    /// descriptor is readable, and never in [`Transport::wait`]. It can be
+    /// tried again if it fails.
+    fn bind(self: Box<Self>) -> Result<Box<dyn Transport>, (Box<dyn Unbound>, Error)>;
 }
 
 impl Transport for Box<dyn Transport> {
@@ -107,6 +128,15 @@ impl Transport for Box<dyn Transport> {
     }
     fn wait(&mut self) -> Result<(), Error> {
         (**self).wait()
+    }
+    fn has_news(&mut self, wanted: bool) -> bool {
+        (**self).has_news(wanted)
+    }
+    fn is_overslept(&mut self, wanted: bool) -> Result<bool, Error> {
+        (**self).is_overslept(wanted)
+    }
+    fn unbind(self: Box<Self>) -> (Box<dyn Unbound>, Result<(), Error>) {
+        (*self).unbind()
     }
     fn fall_back(self: Box<Self>) -> Box<dyn Transport> {
         (*self).fall_back()
@@ -261,6 +291,18 @@ pub(crate) mod memory {
 
         fn may_poll(&self) -> bool {
             self.may_poll
+        }
+
+        fn has_news(&mut self, wanted: bool) -> bool {
+            wanted && !self.incoming.is_empty() && !self.free.is_empty()
+        }
+
+        fn is_overslept(&mut self, wanted: bool) -> Result<bool, Error> {
+            Ok(self.has_news(wanted))
+        }
+
+        fn unbind(self: Box<Self>) -> (Box<dyn Unbound>, Result<(), Error>) {
+            unreachable!("it stays in its thread")
         }
 
         fn wait(&mut self) -> Result<(), Error> {

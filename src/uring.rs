@@ -28,6 +28,15 @@
 //! same queue ends, unless none is under way there. With one that never ends
 //! it would hold them back for ever.
 //!
+//! **Another thread.** A thread of the program's own may leave its queue to
+//! another one, or end, and what waits in its ring cannot be taken out of it:
+//! an entry comes back only with a request. So the kernel is asked for requests
+//! that nobody waits for, on each CPU as many as there are entries, which are
+//! kept unanswered until the queue has its next thread, and answered through
+//! that one's ring. For CPUs that are not there nothing can be asked, nor has
+//! their queue clients; their entries are cancelled with the ring, and
+//! registered anew.
+//!
 //! **/dev/fuse** goes on beside it: FORGET, INTERRUPT, and what was asked
 //! before the kernel switched come by it. The first queue reads it.
 
@@ -35,7 +44,10 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool, AtomicU64, AtomicUsize,
+    Ordering::{Relaxed, SeqCst},
+};
 
 use parking_lot::Mutex;
 use slab::Slab;
@@ -45,7 +57,7 @@ use crate::error::{Error, Result};
 use crate::exchange::{Exchange, ReviewClock};
 use crate::forward::Port;
 use crate::jobring;
-use crate::legacy::{self, Legacy};
+use crate::legacy::{self, ASKED_FOR, Legacy};
 use crate::placement::{Placement, near};
 use crate::plan::Plan;
 use crate::protocol::{InHeader, OPERATION_SIZE, OutHeader, opcode};
@@ -53,7 +65,7 @@ use crate::region::{self, Piece};
 use crate::ring::{COMMAND_BODY, Command, Completion, Ring};
 use crate::seat::{self, SeatedThread};
 use crate::slot::{FRONT, Reply, RingOrigin, Slot};
-use crate::transport::{Fetched, Transport};
+use crate::transport::{Fetched, Transport, Unbound};
 use crate::wakeups::Wakeups;
 
 /// `enum fuse_uring_cmd`.
@@ -100,6 +112,13 @@ mod mark {
 pub(crate) struct Share {
     plan: Plan,
     exchange: Exchange,
+    /// The queues' threads are the program's own: they are not told where to
+    /// run, and as nobody knows what else they do, they hand each other nothing.
+    hosted: bool,
+    /// How many queues have their entries come back.
+    recalls: AtomicUsize,
+    /// How many requests the kernel was asked for.
+    asked_for: AtomicU64,
     /// A request has come through a ring: the kernel has switched, for good.
     switched: AtomicBool,
     anchor: Anchor,
@@ -115,11 +134,21 @@ struct Anchor {
 }
 
 impl Share {
-    /// `anchored_at`: the kernel queue that is to have the anchor.
-    pub(crate) fn new(plan: Plan, anchored_at: usize, wakeups: &[Arc<Wakeups>]) -> Self {
+    /// `anchored_at`: the kernel queue that is to have the anchor; `hosted`: the
+    /// program's own threads will run the queues.
+    pub(crate) fn new(
+        plan: Plan,
+        anchored_at: usize,
+        wakeups: &[Arc<Wakeups>],
+        hosted: bool,
+    ) -> Self {
         Self {
             plan,
             exchange: Exchange::new(plan.kernel_queues, wakeups),
+            hosted,
+            recalls: AtomicUsize::new(0),
+            // The first number is the anchor's.
+            asked_for: AtomicU64::new(1),
             switched: AtomicBool::new(false),
             anchor: Anchor {
                 spared_by: anchored_at,
@@ -135,10 +164,27 @@ impl Share {
         if self.anchor.asked_for.swap(true, Relaxed) {
             return;
         }
-        let asked = seat::on_cpu(self.anchor.spared_by, || legacy::ask_for_a_request(device));
+        let ask = || legacy::ask_for_a_request(device, ASKED_FOR);
+        let asked = seat::on_cpu(self.anchor.spared_by, ask);
         if let Err(error) = asked.and_then(|asked| asked.map_err(io::Error::from)) {
             log::debug!("io_uring: no anchor: {error}");
         }
+    }
+
+    /// Asks the kernel for as many requests of each CPU as `wanted` says.
+    /// Returns the CPUs where that cannot be.
+    fn ask(&self, device: BorrowedFd<'_>, wanted: &[usize]) -> io::Result<Vec<usize>> {
+        let cpus = (0..wanted.len()).filter(|cpu| wanted[*cpu] > 0);
+        seat::on_each_cpu(cpus, |cpu| {
+            for _ in 0..wanted[cpu] {
+                // The kernel's own numbers are even, too.
+                let unique = ASKED_FOR + 2 * self.asked_for.fetch_add(1, Relaxed);
+                if let Err(errno) = legacy::ask_for_a_request(device, unique) {
+                    log::debug!("io_uring: no request was to be had: {errno}");
+                    return;
+                }
+            }
+        })
     }
 
     pub(crate) fn plan(&self) -> Plan {
@@ -177,12 +223,13 @@ pub(crate) fn slots(plan: &Plan) -> usize {
 }
 
 impl Anchor {
-    /// Keeps an entry, one of one kernel queue: only there is one to spare, and
-    /// those that come by another queue might have none.
+    /// Keeps the entry that was asked for; one of one kernel queue: only there is
+    /// one to spare, and those that come by another queue might have none.
     fn keep(&self, slot: Box<Slot>) -> Option<Box<Slot>> {
-        let can_be_spared = slot
-            .ring
-            .is_some_and(|ring| usize::from(ring.kernel_queue) == self.spared_by);
+        let can_be_spared = slot.header.unique == ASKED_FOR
+            && slot
+                .ring
+                .is_some_and(|ring| usize::from(ring.kernel_queue) == self.spared_by);
         let mut kept = self.slot.lock();
         if !can_be_spared || kept.is_some() {
             return Some(slot);
@@ -234,26 +281,86 @@ impl Prepared {
         legacy: Box<Legacy>,
         wakeups: Arc<Wakeups>,
     ) -> Result<(Uring, Option<Error>)> {
-        let mut uring = Uring {
-            ring: self.ring,
+        let apart = Apart {
             legacy,
-            in_kernel: Slab::with_capacity(self.slots.len()),
+            recalled: Slots::new(),
+            unregistered: Slots::new(),
             arrived: VecDeque::new(),
-            jobs_done: Vec::new(),
-            seat: SeatedThread::new(),
-            placement: Placement::Wide,
-            changes: 0,
-            clock: ReviewClock::default(),
             in_hand: 0,
+            device_is_ready: false,
+            gone: false,
             queue: self.queue,
             share: self.share,
             wakeups,
-            device_is_ready: false,
-            gone: false,
-            ending: false,
         };
+        let mut uring = apart.with(self.ring);
+        uring.watch(mark::WAKE)?;
+        uring.watch_device()?;
         let refused = uring.register(self.slots)?;
         Ok((uring, refused))
+    }
+}
+
+/// What a queue has over io_uring beside a ring, and takes from one to the
+/// next. Nothing is in the kernel.
+struct Apart {
+    legacy: Box<Legacy>,
+    /// Entries that are to be answered.
+    recalled: Slots,
+    /// Entries that the kernel does not know any more.
+    unregistered: Slots,
+    /// Requests that nobody has begun to serve.
+    arrived: VecDeque<Box<Slot>>,
+    /// How many requests have come by entries and were not answered.
+    in_hand: usize,
+    device_is_ready: bool,
+    gone: bool,
+    queue: usize,
+    share: Arc<Share>,
+    wakeups: Arc<Wakeups>,
+}
+
+impl Apart {
+    /// Joined to a ring of the calling thread's.
+    fn with(self, ring: Ring) -> Uring {
+        Uring {
+            ring,
+            legacy: self.legacy,
+            in_kernel: Slab::new(),
+            in_hand: self.in_hand,
+            arrived: self.arrived,
+            recalled: self.recalled,
+            jobs_done: Vec::new(),
+            seat: (!self.share.hosted).then(SeatedThread::new),
+            placement: Placement::Wide,
+            changes: 0,
+            clock: ReviewClock::default(),
+            queue: self.queue,
+            share: self.share,
+            wakeups: self.wakeups,
+            device_is_ready: self.device_is_ready,
+            gone: self.gone,
+            ending: false,
+        }
+    }
+}
+
+impl Unbound for Apart {
+    fn bind(
+        mut self: Box<Self>,
+    ) -> std::result::Result<Box<dyn Transport>, (Box<dyn Unbound>, Error)> {
+        let ring = Ring::new(slots(&self.share.plan))
+            .and_then(|ring| ring.signal(self.wakeups.descriptor()).map(|()| ring));
+        let ring = match ring {
+            Ok(ring) => ring,
+            Err(e) => return Err((self, failed("cannot make a ring", &e))),
+        };
+        let unregistered = std::mem::take(&mut self.unregistered);
+        let mut uring = Box::new(self.with(ring));
+        match uring.go_on(unregistered) {
+            Ok(()) => Ok(uring),
+            Err(error) => Err((uring.unbind().0, error)),
+        }
     }
 }
 
@@ -265,6 +372,8 @@ pub(crate) struct Uring {
     in_kernel: Slab<Box<Slot>>,
     /// The requests that have come and were not fetched yet.
     arrived: VecDeque<Box<Slot>>,
+    /// Entries that were asked back, to be answered when all have come.
+    recalled: Slots,
     /// The jobs that are done, with their results, and were not reported yet.
     jobs_done: Vec<(usize, i32)>,
     legacy: Box<Legacy>,
@@ -274,7 +383,8 @@ pub(crate) struct Uring {
     placement: Placement,
     changes: u64,
     clock: ReviewClock,
-    seat: SeatedThread,
+    /// `None`: the thread is the program's own.
+    seat: Option<SeatedThread>,
     /// How many requests have come by entries and were not answered.
     in_hand: usize,
     wakeups: Arc<Wakeups>,
@@ -286,12 +396,8 @@ pub(crate) struct Uring {
 }
 
 impl Uring {
+    /// Registers entries; why one was refused, if one was.
     fn register(&mut self, mut slots: Slots) -> Result<Option<Error>> {
-        self.watch(mark::WAKE)?;
-        // One is enough for what little still comes by /dev/fuse.
-        if self.queue == 0 {
-            self.watch(mark::DEVICE)?;
-        }
         let areas: Vec<_> = slots.iter_mut().map(|slot| areas(slot)).collect();
         for (slot, areas) in slots.into_iter().zip(&areas) {
             let key = self.in_kernel.insert(slot);
@@ -307,6 +413,29 @@ impl Uring {
             return Err(Error::new(libc::ENOTCONN, "the connection has ended"));
         }
         Ok(refused)
+    }
+
+    /// Goes on in a new ring, and with entries that are to be registered.
+    fn go_on(&mut self, unregistered: Slots) -> Result<()> {
+        if self.gone {
+            return Ok(());
+        }
+        if !self.device_is_ready {
+            self.watch_device()?;
+        }
+        if let Some(refused) = self.register(unregistered)? {
+            return Err(refused);
+        }
+        self.answer_recalled()?;
+        self.flush()
+    }
+
+    /// One is enough for what little still comes by /dev/fuse.
+    fn watch_device(&mut self) -> Result<()> {
+        if self.queue == 0 {
+            self.watch(mark::DEVICE)?;
+        }
+        Ok(())
     }
 
     fn watch(&mut self, what: u64) -> Result<()> {
@@ -351,10 +480,17 @@ impl Uring {
     /// Looks at everything that has arrived; makes no system call, unless
     /// something is amiss.
     fn reap(&mut self) -> Result<()> {
+        self.reaps().map(drop)
+    }
+
+    /// As [`reap`](Self::reap); whether anything had arrived.
+    fn reaps(&mut self) -> Result<bool> {
+        let mut some = false;
         while let Some(completion) = self.ring.next() {
+            some = true;
             self.completed(completion)?;
         }
-        Ok(())
+        Ok(some)
     }
 
     fn completed(&mut self, completion: Completion) -> Result<()> {
@@ -384,7 +520,7 @@ impl Uring {
                     return Err(Error::new(libc::EPROTO, "a FUSE entry makes no sense"));
                 }
                 if slot.header.opcode == opcode::NOTIFY_REPLY {
-                    return self.anchor(slot);
+                    return self.asked_for(slot);
                 }
                 self.arrived.push_back(slot);
                 self.in_hand += 1;
@@ -413,15 +549,61 @@ impl Uring {
         self.in_kernel[key].ring.is_some_and(|r| r.commit_id != 0)
     }
 
-    /// The request that was asked for has come.
-    fn anchor(&mut self, slot: Box<Slot>) -> Result<()> {
-        match self.share.anchor.keep(slot) {
-            Some(mut slot) => {
-                slot.reply = Reply::Payload(0);
-                self.answer(slot)
-            }
-            None => Ok(()),
+    /// A request that was asked for has come.
+    fn asked_for(&mut self, slot: Box<Slot>) -> Result<()> {
+        let Some(slot) = self.share.anchor.keep(slot) else {
+            return Ok(());
+        };
+        self.recalled.push(slot);
+        // One that goes back while others are asked for would come in their place.
+        if self.share.recalls.load(SeqCst) == 0 {
+            self.answer_recalled()?;
         }
+        Ok(())
+    }
+
+    fn answer_recalled(&mut self) -> Result<()> {
+        for mut slot in std::mem::take(&mut self.recalled) {
+            slot.reply = Reply::Payload(0);
+            self.answer(slot)?;
+        }
+        Ok(())
+    }
+
+    /// Has the entries that wait in this ring come back, but for those of CPUs
+    /// that are not there.
+    fn recall(&mut self) -> Result<()> {
+        let kernel_queues = self.share.plan.kernel_queues;
+        let mut closed = Vec::new();
+        // Those of other rings may come first: then all are asked for.
+        for all in [false, true] {
+            let mut wanted = vec![0; kernel_queues];
+            for slot in self.in_kernel.iter().filter_map(|(_, slot)| slot.ring) {
+                wanted[usize::from(slot.kernel_queue)] += 1;
+            }
+            for cpu in &closed {
+                wanted[*cpu] = 0;
+            }
+            if self.gone || wanted.iter().all(|n| *n == 0) {
+                return Ok(());
+            }
+            if all {
+                for (cpu, n) in wanted.iter_mut().enumerate().filter(|(_, n)| **n > 0) {
+                    *n = self.share.depth(cpu);
+                }
+            }
+            let asked = self.share.ask(self.legacy.device(), &wanted);
+            closed.extend(asked.map_err(|e| failed("cannot ask entries back", &e))?);
+            self.ring.settle().map_err(|e| failed("submit", &e))?;
+            self.reap()?;
+        }
+        let is_closed = |ring: RingOrigin| closed.contains(&ring.kernel_queue.into());
+        let mut left = self.in_kernel.iter().filter_map(|(_, slot)| slot.ring);
+        if self.gone || left.all(is_closed) {
+            return Ok(());
+        }
+        let text = "io_uring: entries of a thread that leaves do not come back";
+        Err(Error::new(libc::EIO, text))
     }
 
     /// Answers what makes no sense, so that nobody waits for it.
@@ -434,6 +616,9 @@ impl Uring {
 
     /// Counts an answer, and now and then looks at the traffic.
     fn count(&mut self, slot: &Slot) {
+        if self.share.hosted {
+            return;
+        }
         let Some(ring) = slot.ring else { return };
         let bytes = slot.payload_len() + slot.reply.payload_len();
         let exchange = &self.share.exchange;
@@ -445,7 +630,7 @@ impl Uring {
 
     /// Others may leave entries here until the next dispatch.
     fn rest(&self) {
-        if !self.ending {
+        if !self.ending && !self.share.hosted {
             self.share.exchange.open_door(self.queue);
         }
     }
@@ -453,15 +638,15 @@ impl Uring {
     /// Follows the others to a new arrangement.
     fn rearrange(&mut self) {
         let changes = self.share.exchange.changes();
-        if changes == self.changes {
+        let Some(seat) = self.seat.as_mut().filter(|_| changes != self.changes) else {
             return;
-        }
+        };
         self.changes = changes;
         self.placement = self.share.exchange.placement();
         let cpus = self.share.plan.kernel_queues;
         let queues = self.share.exchange.queues();
         let clients = |cpu: usize| near(cpu, cpus, queues) == self.queue;
-        self.seat.take(self.placement.seat(self.queue), clients);
+        seat.take(self.placement.seat(self.queue), clients);
     }
 
     /// Puts the reply where the kernel looks for it, and queues its command.
@@ -560,6 +745,9 @@ impl Transport for Uring {
             }
             self.flush()?;
         }
+        if !self.recalled.is_empty() && self.share.recalls.load(SeqCst) == 0 {
+            self.answer_recalled()?;
+        }
         self.rearrange();
         Ok(())
     }
@@ -608,6 +796,9 @@ impl Transport for Uring {
         self.count(&slot);
         let in_hand = self.in_hand;
         self.in_hand -= 1;
+        if self.share.hosted {
+            return self.answer(slot);
+        }
         let exchange = &self.share.exchange;
         match exchange.hand_over(slot, self.queue, in_hand, self.placement) {
             Some(slot) => self.answer(slot),
@@ -623,19 +814,29 @@ impl Transport for Uring {
     }
 
     fn may_poll(&self) -> bool {
-        self.seat.has_choice() && self.placement.may_poll(self.queue)
+        let has_choice = self.seat.as_ref().is_some_and(SeatedThread::has_choice);
+        has_choice && self.placement.may_poll(self.queue)
     }
 
     fn is_ready(&mut self) -> Result<bool> {
         self.rest();
-        if self.ring.has_news() {
+        self.is_overslept(true)
+    }
+
+    fn has_news(&mut self, wanted: bool) -> bool {
+        (wanted && !self.arrived.is_empty()) || self.ring.has_news()
+    }
+
+    fn is_overslept(&mut self, wanted: bool) -> Result<bool> {
+        // One entry into the kernel need not bring everything.
+        while self.ring.has_news() {
             self.ring.submit().map_err(|e| failed("submit", &e))?;
-            self.reap()?;
+            if !self.reaps()? {
+                break;
+            }
         }
-        Ok(!self.arrived.is_empty()
-            || !self.jobs_done.is_empty()
-            || self.device_is_ready
-            || self.gone)
+        let has_request = !self.arrived.is_empty() || self.device_is_ready || self.gone;
+        Ok(!self.jobs_done.is_empty() || (wanted && has_request))
     }
 
     fn carry(&mut self, port: &Port) -> Result<()> {
@@ -662,6 +863,50 @@ impl Transport for Uring {
         self.rest();
         self.ring.wait().map_err(|e| failed("wait", &e))?;
         self.reap()
+    }
+
+    fn unbind(mut self: Box<Self>) -> (Box<dyn Unbound>, Result<()>) {
+        self.share.recalls.fetch_add(1, SeqCst);
+        let recalled_all = self.recall();
+        self.share.recalls.fetch_sub(1, SeqCst);
+        self.share.exchange.kick();
+        let Uring {
+            ring,
+            in_kernel,
+            arrived,
+            recalled,
+            in_hand,
+            legacy,
+            queue,
+            share,
+            wakeups,
+            device_is_ready,
+            gone,
+            ..
+        } = *self;
+        ring.signal_nobody();
+        // The kernel uses memory of this ring's entries no more after that.
+        drop(ring);
+        let unregistered = in_kernel.into_iter().map(|(_, mut slot)| {
+            slot.ring = slot.ring.map(|ring| RingOrigin {
+                commit_id: 0,
+                ..ring
+            });
+            slot
+        });
+        let apart = Apart {
+            legacy: legacy.unbound(),
+            recalled,
+            unregistered: unregistered.collect(),
+            arrived,
+            in_hand,
+            device_is_ready,
+            gone,
+            queue,
+            share,
+            wakeups,
+        };
+        (Box::new(apart), recalled_all)
     }
 
     fn fall_back(self: Box<Self>) -> Box<dyn Transport> {

@@ -50,6 +50,19 @@ impl Wakeups {
         self.signal();
     }
 
+    /// As [`kick`](Self::kick); also makes the descriptor readable, whether or
+    /// not the queue sleeps.
+    pub(crate) fn rouse(&self) {
+        self.kicked.store(true, SeqCst);
+        self.show();
+    }
+
+    /// Makes the descriptor readable.
+    pub(crate) fn show(&self) {
+        // Fails only if the counter is full: then it is readable already.
+        let _ = self.event.write(1);
+    }
+
     fn wake(&self, task: usize) {
         self.tasks[task / 64].fetch_or(1 << (task % 64), SeqCst);
         self.signal();
@@ -57,8 +70,7 @@ impl Wakeups {
 
     fn signal(&self) {
         if self.sleeping.swap(false, SeqCst) {
-            // Fails only if the counter is full: then it is signalled already.
-            let _ = self.event.write(1);
+            self.show();
         }
     }
 

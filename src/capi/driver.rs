@@ -4,6 +4,7 @@ use std::ffi::{c_char, c_int, c_void};
 use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicPtr, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
 use super::error::{c_text, invalid};
@@ -174,7 +175,8 @@ pub struct blkfuse_driver_ops {
 
     /// Queue `queue` (from 0) begins to serve; called on its thread before
     /// anything else of it. May store a pointer in `*queue_ctx`. Returns 0 or
-    /// a negative errno, which makes the start fail.
+    /// a negative errno, which makes the start fail, or blkfuse_queue_attach(),
+    /// which calls this anew for every thread.
     pub queue_start: Option<
         unsafe extern "C-unwind" fn(
             opaque: *mut c_void,
@@ -182,8 +184,8 @@ pub struct blkfuse_driver_ops {
             queue_ctx: *mut *mut c_void,
         ) -> c_int,
     >,
-    /// The queue has ended; called on its thread, once for each queue_start
-    /// that returned 0.
+    /// The queue has ended, or its thread leaves it; called on its thread, once
+    /// for each queue_start that returned 0.
     pub queue_stop: Option<
         unsafe extern "C-unwind" fn(opaque: *mut c_void, queue: u32, queue_ctx: *mut c_void),
     >,
@@ -245,7 +247,7 @@ struct Host {
 
 /// What the host has for one queue.
 struct CQueue {
-    ctx: *mut c_void,
+    ctx: AtomicPtr<c_void>,
     requests: Box<[CRequest]>,
 }
 
@@ -260,11 +262,6 @@ impl fmt::Debug for CDriver {
 unsafe impl Send for Host {}
 // SAFETY: as above, from several threads at once.
 unsafe impl Sync for Host {}
-// SAFETY: as for the host: the pointer is only handed to callbacks.
-unsafe impl Send for CQueue {}
-// SAFETY: as above.
-unsafe impl Sync for CQueue {}
-
 impl Drop for Host {
     fn drop(&mut self) {
         if let Some(deleted) = self.ops.deleted {
@@ -361,7 +358,7 @@ impl CDriver {
     fn queue_ctx(&self, queue: usize) -> *mut c_void {
         self.queues[queue]
             .get()
-            .map_or(std::ptr::null_mut(), |q| q.ctx)
+            .map_or(std::ptr::null_mut(), |q| q.ctx.load(Relaxed))
     }
 }
 
@@ -540,10 +537,12 @@ impl BlockDriver for CDriver {
             result_of(unsafe { queue_start(self.host.opaque, queue.index as u32, &mut ctx) })?;
         }
         let size = self.host.ops.request_ctx_size as usize;
-        let requests = (0..queue.slots).map(|_| CRequest::new(ctx, size)).collect();
-        let fresh = CQueue { ctx, requests };
-        let place = &self.queues[queue.index];
-        place.set(fresh).map_err(|_| io::ErrorKind::ResourceBusy)?;
+        let queue = self.queues[queue.index].get_or_init(|| CQueue {
+            ctx: AtomicPtr::default(),
+            requests: (0..queue.slots).map(|_| CRequest::new(size)).collect(),
+        });
+        queue.ctx.store(ctx, Relaxed);
+        queue.requests.iter().for_each(|r| r.set_queue_ctx(ctx));
         Ok(())
     }
 

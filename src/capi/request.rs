@@ -157,16 +157,21 @@ impl State {
 }
 
 impl CRequest {
-    pub(super) fn new(queue_ctx: *mut c_void, ctx_size: usize) -> Self {
+    pub(super) fn new(ctx_size: usize) -> Self {
         Self {
             state: AtomicU64::new(0),
             waker: UnsafeCell::new(None),
             extent: cell::UnsafeCell::default(),
             offset: AtomicU64::new(0),
-            queue_ctx: AtomicPtr::new(queue_ctx),
+            queue_ctx: AtomicPtr::default(),
             ctx: Box::leak(vec![0u128; ctx_size.div_ceil(size_of::<u128>())].into_boxed_slice())
                 .into(),
         }
+    }
+
+    /// What the host has for the queue, and its thread, from now on.
+    pub(super) fn set_queue_ctx(&self, queue_ctx: *mut c_void) {
+        self.queue_ctx.store(queue_ctx, Relaxed);
     }
 
     /// The queue's thread begins a use; returns the host's name for it.
@@ -595,7 +600,7 @@ mod tests {
 
     #[test]
     fn a_synchronous_answer_is_the_result() {
-        let request = CRequest::new(std::ptr::null_mut(), 0);
+        let request = CRequest::new(0);
         block_on(request.run(|_, _| 0)).unwrap();
         let error = block_on(request.run(|_, _| -libc::ENOSPC)).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
@@ -607,7 +612,7 @@ mod tests {
 
     #[test]
     fn a_completion_may_come_before_the_callback_returns() {
-        let request = CRequest::new(std::ptr::null_mut(), 0);
+        let request = CRequest::new(0);
         let result = block_on(request.run(|name, _| {
             assert_eq!(complete(name.addr(), &request, -libc::EIO), 0);
             assert_eq!(complete(name.addr(), &request, 0), -libc::EALREADY);
@@ -619,7 +624,7 @@ mod tests {
     #[test]
     fn a_completion_may_come_from_any_thread_at_any_time() {
         let rounds = if cfg!(miri) { 30 } else { 20_000 };
-        let request = Arc::new(CRequest::new(std::ptr::null_mut(), 16));
+        let request = Arc::new(CRequest::new(16));
         let (send, receive) = std::sync::mpsc::channel::<(usize, i32)>();
         let completing = request.clone();
         let worker = thread::spawn(move || {
@@ -643,7 +648,7 @@ mod tests {
 
     #[test]
     fn a_request_answered_by_return_cannot_be_completed_later() {
-        let request = CRequest::new(std::ptr::null_mut(), 0);
+        let request = CRequest::new(0);
         let mut stale = 0;
         block_on(request.run(|name, _| {
             stale = name.addr();
@@ -674,7 +679,7 @@ mod tests {
 
     #[test]
     fn a_request_is_forwarded_or_completed_but_not_both() {
-        let request = CRequest::new(std::ptr::null_mut(), 0);
+        let request = CRequest::new(0);
         let answer = block_on(request.run_or_forward(|name| {
             assert_eq!(forward(name.addr(), &request, -1, 9), -libc::EBADF);
             let pending = forward(name.addr(), &request, 7, 1 << 40);
@@ -698,7 +703,7 @@ mod tests {
 
     #[test]
     fn what_is_returned_beside_a_forward_does_not_count() {
-        let request = CRequest::new(std::ptr::null_mut(), 0);
+        let request = CRequest::new(0);
         let answer = block_on(request.run_or_forward(|name| {
             forward(name.addr(), &request, 7, 3);
             -libc::EIO
@@ -708,7 +713,7 @@ mod tests {
 
     #[test]
     fn some_requests_cannot_be_forwarded() {
-        let request = CRequest::new(std::ptr::null_mut(), 0);
+        let request = CRequest::new(0);
         block_on(request.run(|name, _| {
             assert_eq!(forward(name.addr(), &request, 7, 0), -libc::EINVAL);
             0
@@ -719,7 +724,7 @@ mod tests {
     #[test]
     fn a_request_may_be_forwarded_from_any_thread_at_any_time() {
         let rounds = if cfg!(miri) { 30 } else { 20_000 };
-        let request = Arc::new(CRequest::new(std::ptr::null_mut(), 0));
+        let request = Arc::new(CRequest::new(0));
         let (send, receive) = std::sync::mpsc::channel::<(usize, c_int)>();
         let forwarding = request.clone();
         let worker = thread::spawn(move || {
@@ -743,7 +748,7 @@ mod tests {
 
     #[test]
     fn contexts_are_aligned_and_apart() {
-        let a = CRequest::new(std::ptr::null_mut(), 17);
+        let a = CRequest::new(17);
         let name = a.begin(Waker::noop(), false);
         // SAFETY: the request lives on this stack.
         let ctx = unsafe { blkfuse_request_ctx(name) };
@@ -773,7 +778,7 @@ mod model {
     impl Served {
         fn new() -> Arc<Self> {
             Arc::new(Self {
-                request: CRequest::new(std::ptr::null_mut(), 0),
+                request: CRequest::new(0),
                 buffer: UnsafeCell::new(0),
             })
         }

@@ -15,13 +15,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use blkfuse::{
-    BlockDriver, Builder, Event, Export, Extent, Features, Io, IoUring, Limits, ReadBuf,
+    BlockDriver, Builder, Event, Export, Extent, Features, Io, IoUring, Limits, ReadBuf, Threads,
 };
+use loops::Loops;
 use nix::mount::{MntFlags, umount2};
 use tempfile::TempDir;
 
 pub mod checked;
 pub mod client;
+pub mod loops;
 pub mod running;
 pub mod sparse;
 
@@ -86,6 +88,15 @@ pub fn for_transports(test: impl Fn(IoUring)) {
 /// Runs `test` for every transport with every number of queues.
 pub fn for_transports_and_queues(test: impl Fn(IoUring, usize)) {
     for_transports(|transport| for_queues(|queues| test(transport, queues)));
+}
+
+/// Whose threads run the queues of these tests' exports: the tests' own if
+/// BLKFUSE_TEST_THREADS is "host".
+fn threads() -> Threads {
+    match std::env::var("BLKFUSE_TEST_THREADS").as_deref() {
+        Ok("host") => Threads::Host,
+        _ => Threads::Library,
+    }
 }
 
 /// Fails if BLKFUSE_EXPECT_TRANSPORT names another transport than the export
@@ -496,6 +507,7 @@ pub struct Mounted {
     pub export: Option<Export>,
     pub driver: Handle,
     pub path: PathBuf,
+    loops: Loops,
     _watchdog: Watchdog,
     _dir: TempDir,
 }
@@ -515,10 +527,12 @@ impl Mounted {
         let builder = Export::builder(driver.clone())
             .mountpoint(&path)
             .writable(true)
-            .queues(queues);
+            .queues(queues)
+            .threads(threads());
         let export = configure(builder).start().unwrap();
         expect_transport(&export);
         Self {
+            loops: Loops::of(&export),
             export: Some(export),
             driver,
             path,
@@ -550,6 +564,7 @@ impl Mounted {
         let watchdog = Watchdog::new(&path);
         let export = start(&path);
         Self {
+            loops: Loops::of(&export),
             export: Some(export),
             driver,
             path,
@@ -581,6 +596,7 @@ impl Mounted {
         let export = self.export.take().expect("not deleted yet");
         let _quiet = client::no_children();
         export.delete(Some(SOON)).unwrap();
+        std::mem::take(&mut self.loops).join();
     }
 }
 
