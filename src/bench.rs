@@ -180,7 +180,7 @@ impl Transport for Repeater {
         Ok(false)
     }
 
-    fn unbind(self: Box<Self>) -> (Box<dyn Unbound>, Result<(), Error>) {
+    fn unbind(self: Box<Self>) -> Box<dyn Unbound> {
         unreachable!("it stays in its thread")
     }
 

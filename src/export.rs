@@ -21,7 +21,7 @@ use crate::driver::BlockDriver;
 use crate::ending::{Ending, Wait};
 use crate::error::{Error, Result};
 use crate::file::File;
-use crate::hostqueue::{self, HostQueue};
+use crate::hostqueue::{self, HostQueue, WeakQueue};
 use crate::legacy;
 use crate::mount::{AllowOther, Mount, Unmount};
 use crate::passthrough::Backing;
@@ -230,6 +230,8 @@ pub(crate) struct Shared {
     /// Queues that have not ended.
     running: AtomicUsize,
     pub(crate) ending: Arc<Ending>,
+    /// The queues that the program's threads run.
+    host_queues: OnceLock<Vec<WeakQueue>>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -260,6 +262,17 @@ impl Shared {
             mount: OnceLock::new(),
             running: AtomicUsize::new(queues),
             ending: Arc::default(),
+            host_queues: OnceLock::new(),
+        }
+    }
+
+    /// The export ends, if it does: queues that no thread is attached to are run
+    /// to their end by threads of the library's.
+    pub(crate) fn release_queues(&self) {
+        if self.control.phase() != Phase::Serving {
+            let queues = self.host_queues.get().into_iter().flatten();
+            let queues = queues.filter_map(WeakQueue::upgrade);
+            queues.for_each(|queue| queue.take_over());
         }
     }
 
@@ -348,7 +361,12 @@ impl Export {
         }
         let (threads, queues) = match runners {
             QueueRunners::Threads(threads) => (threads, Vec::new()),
-            QueueRunners::Host(queues) => (Vec::new(), queues),
+            QueueRunners::Host(queues) => {
+                let weak = queues.iter().map(HostQueue::downgrade).collect();
+                let set = shared.host_queues.set(weak);
+                debug_assert!(set.is_ok(), "an export gets its queues once");
+                (Vec::new(), queues)
+            }
         };
         Self {
             shared,
@@ -391,24 +409,27 @@ impl Export {
                 control.advance(Phase::Closed);
                 control.abort();
             }
-            // Without a mount of ours there is nobody but us to ask.
-            Stop::IfIdle if shared.mount.get().is_none() && shared.file.open_count() > 0 => {
+            // Without a mount of ours there is nobody but us to ask; and whoever
+            // serves does not wait for what the unmounting says.
+            Stop::IfIdle
+                if (shared.mount.get().is_none() || self.is_needed())
+                    && shared.file.open_count() > 0 =>
+            {
                 let text = format!("{}: the file is open", control.name);
                 return Err(Error::new(libc::EBUSY, text));
             }
             Stop::IfIdle => {}
         }
-        release_queues(control, &self.queues);
+        shared.release_queues();
         let wait = if self.is_needed() {
             Wait::No
         } else {
             Wait::Until(deadline_after(patience))
         };
         let ending = shared.ending.clone();
-        let queues = self.queues.clone();
         let unmount = move || {
             let unmounted = shared.unmount(how);
-            release_queues(&shared.control, &queues);
+            shared.release_queues();
             unmounted
         };
         ending.run(unmount, wait)
@@ -626,14 +647,6 @@ impl Drop for Export {
         if let Err(error) = self.stop(Stop::Lazy) {
             log::warn!("{error}");
         }
-    }
-}
-
-/// The export ends, if it does: queues that no thread is attached to are run to
-/// their end by threads of the library's.
-fn release_queues(control: &Control, queues: &[HostQueue]) {
-    if control.phase() != Phase::Serving {
-        queues.iter().for_each(HostQueue::take_over);
     }
 }
 

@@ -12,6 +12,7 @@
 use std::cell::RefCell;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -25,7 +26,7 @@ use nix::sys::signal::SigSet;
 use nix::unistd::{Pid, getpid, gettid};
 use parking_lot::Mutex;
 
-use crate::control::{Control, Phase};
+use crate::control::{Control, Phase, panic_message};
 use crate::driver::QueueInfo;
 use crate::error::{Error, Result};
 use crate::export::Shared;
@@ -60,11 +61,15 @@ pub enum Dispatched {
 /// thread may run several. The methods may be called from any thread, and say
 /// so if it is the wrong one.
 ///
-/// A thread must not end while it is attached: the export then halts.
+/// A thread must not end while it is attached: the export then halts, and what
+/// the driver has in hand for that queue after another two seconds is never
+/// answered by it, nor is the driver dropped.
 ///
 /// The descriptor can be given to epoll(7), poll(2), select(2) and an io_uring's
 /// poll, all of them level-triggered. Now and then it is readable for nothing.
-/// It is valid as long as this handle, or a copy of it, is.
+/// It is valid as long as this handle, or a copy of it, is. Over /dev/fuse a
+/// thread's sleep may end with EINTR without a signal, if the driver forwards
+/// requests.
 #[derive(Clone)]
 pub struct HostQueue(Arc<Inner>);
 
@@ -145,7 +150,7 @@ impl Rest {
 }
 
 impl Running {
-    /// Leaves the thread; nothing is in flight.
+    /// Leaves the thread; nothing is in flight, and what waited was recalled.
     fn detach(self) -> Box<Rest> {
         let queue = self.queue.detach();
         drop(self.started);
@@ -153,6 +158,11 @@ impl Running {
             queue,
             core: self.core,
         })
+    }
+
+    /// The thread cannot go on with it. Other queues can, and end.
+    fn forsake(self) {
+        self.queue.forsake();
     }
 
     fn control(&self) -> &Arc<Control> {
@@ -235,16 +245,48 @@ impl Attached {
 
     fn dispatch(&self, budget: usize) -> Result<Dispatched> {
         let budget = if budget == 0 { BUDGET } else { budget };
-        match self.with(|running| running.queue.dispatch_between_sleeps(budget))? {
+        let dispatch = || self.with(|running| running.queue.dispatch_between_sleeps(budget));
+        let progress = match catch_unwind(AssertUnwindSafe(dispatch)) {
+            Ok(progress) => progress?,
+            Err(panic) => return Err(self.panicked(&panic_message(&*panic))),
+        };
+        if self.control.phase() != Phase::Serving {
+            self.release_others();
+        }
+        match progress {
             Progress::More => Ok(Dispatched::More),
             Progress::Idle => Ok(Dispatched::Idle),
             Progress::Finished => {
-                let running = self.take();
-                *self.handle.0.place.lock() = Place::Ended;
-                drop(running);
+                drop(self.end());
                 Ok(Dispatched::Ended)
             }
         }
+    }
+
+    /// The queue's end: nobody finds it any more.
+    fn end(&self) -> Option<Running> {
+        *self.handle.0.place.lock() = Place::Ended;
+        self.take()
+    }
+
+    /// Not the driver, but the queue: it may be in any state.
+    fn panicked(&self, message: &str) -> Error {
+        let text = format!("a queue panicked: {message}");
+        let error = Error::new(libc::ENOTRECOVERABLE, text);
+        self.control.halt(error.clone());
+        if let Some(running) = self.end() {
+            running.forsake();
+        }
+        error
+    }
+
+    /// The export ends: so must queues that no thread runs.
+    fn release_others(&self) {
+        let shared = match &*self.running.borrow() {
+            Some(running) => running.core.shared.clone(),
+            None => return,
+        };
+        shared.release_queues();
     }
 
     /// The thread ends.
@@ -265,22 +307,27 @@ impl Attached {
                     return;
                 }
                 Progress::Idle if running.queue.is_at_rest() => break,
-                Progress::Idle if Instant::now() >= end => {
-                    let name = &self.control.name;
-                    log::error!("{name}: the driver does not complete what that thread began");
-                    // What is in flight belongs to this thread, and nobody can
-                    // ever go on with it.
-                    std::mem::forget(running);
-                    return;
-                }
                 Progress::Idle => {
                     let left = end.saturating_duration_since(Instant::now());
                     self.handle.sleep(Some(left));
                 }
                 Progress::More => {}
             }
+            if Instant::now() > end {
+                let name = &self.control.name;
+                log::error!("{name}: the driver does not complete what that thread began");
+                *self.handle.0.place.lock() = Place::Ended;
+                return running.forsake();
+            }
         }
-        self.handle.put(running.detach());
+        match running.queue.recall() {
+            Ok(()) => self.handle.put(running.detach()),
+            Err(error) => {
+                log::error!("{}: {error}", self.control.name);
+                *self.handle.0.place.lock() = Place::Ended;
+                running.forsake();
+            }
+        }
     }
 }
 
@@ -404,8 +451,13 @@ impl HostQueue {
     /// [`BlockDriver::queue_stop`](crate::BlockDriver::queue_stop). Afterwards
     /// the descriptor is not readable.
     ///
-    /// `EBUSY`: there is no drain, or a request is in flight; otherwise as
-    /// [`dispatch`](Self::dispatch), but for `ESHUTDOWN`: it has ended.
+    /// Over io_uring this waits for a thread that runs on each CPU for a moment:
+    /// the kernel must be asked for what waits in the thread's ring.
+    ///
+    /// `EBUSY`: there is no drain, or a request is in flight; `EPERM`: over
+    /// io_uring, and the thread may not run on every CPU (or another thread is
+    /// attached); otherwise as [`dispatch`](Self::dispatch), but for
+    /// `ESHUTDOWN`: it has ended.
     pub fn detach(&self) -> Result<()> {
         let Some(attached) = Here::find(self.id()) else {
             return Err(match self.has_ended() {
@@ -427,6 +479,7 @@ impl HostQueue {
         if let Some(why) = why_not {
             return Err(self.refuse(libc::EBUSY, why));
         }
+        attached.with(|running| running.queue.recall())??;
         if let Some(running) = attached.take() {
             self.put(running.detach());
         }

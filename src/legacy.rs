@@ -557,8 +557,8 @@ impl Transport for Legacy {
         Ok(wanted && self.found.is_some())
     }
 
-    fn unbind(self: Box<Self>) -> (Box<dyn Unbound>, Result<()>) {
-        (self.unbound(), Ok(()))
+    fn unbind(self: Box<Self>) -> Box<dyn Unbound> {
+        self.unbound()
     }
 
     fn fall_back(self: Box<Self>) -> Box<dyn Transport> {

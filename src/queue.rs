@@ -82,22 +82,21 @@ pub(crate) struct DetachedQueue {
 }
 
 impl Queue<Box<dyn Transport>> {
+    /// Prepares to [`detach`](Self::detach); if that cannot be, it goes on.
+    pub(crate) fn recall(&mut self) -> Result<(), Error> {
+        self.transport.recall()
+    }
+
     /// Leaves the thread; without anything in flight, for futures belong to
-    /// their thread.
+    /// their thread, and right after [`recall`](Self::recall).
     pub(crate) fn detach(mut self) -> DetachedQueue {
-        assert!(self.is_at_rest(), "a request is in flight");
+        debug_assert!(self.is_at_rest(), "a request is in flight");
         // Nobody wakes it, so that its descriptor does not keep anybody awake.
         self.wakeups.awake();
         if let Err(error) = self.transport.want_requests(false) {
             self.broken(error);
         }
-        let (transport, unbound) = Box::new(self.transport).unbind();
-        if let Err(error) = unbound {
-            self.ended = true;
-            self.control.halt(error);
-            // Nobody will hear of requests that were lost.
-            self.control.abort();
-        }
+        let transport = Box::new(self.transport).unbind();
         self.wakeups.clear();
         DetachedQueue {
             index: self.index,
@@ -108,6 +107,16 @@ impl Queue<Box<dyn Transport>> {
             ended: self.ended,
             unfinished: self.unfinished,
         }
+    }
+
+    /// Its thread cannot go on: ends the connection, and whatever is in flight
+    /// stays where it is for good.
+    pub(crate) fn forsake(mut self) {
+        self.control.abort();
+        drop(self.unfinished.take());
+        // Futures belong to their thread, and the kernel may use the memory of
+        // what is in flight.
+        std::mem::forget(self);
     }
 }
 
@@ -454,7 +463,7 @@ impl<T: Transport> Queue<T> {
         self.commit(slot);
     }
 
-    fn broken(&mut self, error: Error) {
+    pub(crate) fn broken(&mut self, error: Error) {
         self.ended = true;
         self.control.halt(error);
     }

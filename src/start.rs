@@ -313,7 +313,8 @@ impl Choice<'_> {
             None => Ok(()),
             Some(cpu) => {
                 let text = format!(
-                    "this process may not run on CPU {cpu}, which io_uring with host threads                      needs; let its cpuset have all CPUs"
+                    "this process may not run on CPU {cpu}, which io_uring with host threads \
+                     needs; let its cpuset have all CPUs"
                 );
                 Err(Error::new(libc::EOPNOTSUPP, text))
             }
@@ -884,7 +885,11 @@ fn serve_queue(
             _ => {}
         }
         if leaves && queue.is_at_rest() {
-            return Some(queue.detach());
+            leaves = false;
+            match queue.recall() {
+                Ok(()) => return Some(queue.detach()),
+                Err(error) => queue.broken(error),
+            }
         }
         if progress == Progress::Idle {
             queue.wait();

@@ -79,9 +79,16 @@ pub(crate) trait Transport {
     /// the queue's descriptor is readable. `wanted`: whether requests are.
     fn is_overslept(&mut self, wanted: bool) -> Result<bool, Error>;
 
-    /// Lets go of the thread, which is to have no job in flight. After an error
-    /// requests may be lost, and the connection is to end.
-    fn unbind(self: Box<Self>) -> (Box<dyn Unbound>, Result<(), Error>);
+    /// Has whatever waits for requests in this thread come back, as it must to
+    /// be [unbound](Self::unbind). May wait for a moment. After an error it goes
+    /// on as it was.
+    fn recall(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Lets go of the thread, which is to have no job in flight. What was not
+    /// recalled is lost, and the connection is to end then.
+    fn unbind(self: Box<Self>) -> Box<dyn Unbound>;
 
     /// What to go on with if this one cannot; it is to hold no request.
     fn fall_back(self: Box<Self>) -> Box<dyn Transport>;
@@ -135,7 +142,10 @@ impl Transport for Box<dyn Transport> {
     fn is_overslept(&mut self, wanted: bool) -> Result<bool, Error> {
         (**self).is_overslept(wanted)
     }
-    fn unbind(self: Box<Self>) -> (Box<dyn Unbound>, Result<(), Error>) {
+    fn recall(&mut self) -> Result<(), Error> {
+        (**self).recall()
+    }
+    fn unbind(self: Box<Self>) -> Box<dyn Unbound> {
         (*self).unbind()
     }
     fn fall_back(self: Box<Self>) -> Box<dyn Transport> {
@@ -301,7 +311,7 @@ pub(crate) mod memory {
             Ok(self.has_news(wanted))
         }
 
-        fn unbind(self: Box<Self>) -> (Box<dyn Unbound>, Result<(), Error>) {
+        fn unbind(self: Box<Self>) -> Box<dyn Unbound> {
             unreachable!("it stays in its thread")
         }
 

@@ -49,6 +49,9 @@ use std::sync::atomic::{
     Ordering::{Relaxed, SeqCst},
 };
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use parking_lot::Mutex;
 use slab::Slab;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -65,8 +68,12 @@ use crate::region::{self, Piece};
 use crate::ring::{COMMAND_BODY, Command, Completion, Ring};
 use crate::seat::{self, SeatedThread};
 use crate::slot::{FRONT, Reply, RingOrigin, Slot};
+use crate::system::System;
 use crate::transport::{Fetched, Transport, Unbound};
 use crate::wakeups::Wakeups;
+
+/// How long an entry that was asked back may be on its way.
+const ON_THE_WAY: Duration = Duration::from_secs(1);
 
 /// `enum fuse_uring_cmd`.
 const REGISTER: u32 = 1;
@@ -174,6 +181,9 @@ impl Share {
     /// Asks the kernel for as many requests of each CPU as `wanted` says.
     /// Returns the CPUs where that cannot be.
     fn ask(&self, device: BorrowedFd<'_>, wanted: &[usize]) -> io::Result<Vec<usize>> {
+        if wanted.iter().all(|n| *n == 0) {
+            return Ok(Vec::new());
+        }
         let cpus = (0..wanted.len()).filter(|cpu| wanted[*cpu] > 0);
         seat::on_each_cpu(cpus, |cpu| {
             for _ in 0..wanted[cpu] {
@@ -341,6 +351,7 @@ impl Apart {
             device_is_ready: self.device_is_ready,
             gone: self.gone,
             ending: false,
+            broken: None,
         }
     }
 }
@@ -357,10 +368,9 @@ impl Unbound for Apart {
         };
         let unregistered = std::mem::take(&mut self.unregistered);
         let mut uring = Box::new(self.with(ring));
-        match uring.go_on(unregistered) {
-            Ok(()) => Ok(uring),
-            Err(error) => Err((uring.unbind().0, error)),
-        }
+        // Entries may be on their way: there is no way back from here.
+        uring.broken = uring.go_on(unregistered).err();
+        Ok(uring)
     }
 }
 
@@ -393,6 +403,8 @@ pub(crate) struct Uring {
     gone: bool,
     /// Nobody may leave entries here any more.
     ending: bool,
+    /// Why it cannot go on, to be told.
+    broken: Option<Error>,
 }
 
 impl Uring {
@@ -423,9 +435,16 @@ impl Uring {
         if !self.device_is_ready {
             self.watch_device()?;
         }
+        let anew = unregistered.iter().filter_map(|slot| slot.ring);
+        let mut wanted = vec![0; self.share.plan.kernel_queues];
+        anew.for_each(|ring| wanted[usize::from(ring.kernel_queue)] = 1);
         if let Some(refused) = self.register(unregistered)? {
             return Err(refused);
         }
+        // A CPU that was not there and is now may have clients that wait, and a
+        // new entry is not given what waits: only one that is answered is.
+        let asked = self.share.ask(self.legacy.device(), &wanted);
+        asked.map_err(|e| failed("cannot ask for a request", &e))?;
         self.answer_recalled()?;
         self.flush()
     }
@@ -555,14 +574,15 @@ impl Uring {
             return Ok(());
         };
         self.recalled.push(slot);
-        // One that goes back while others are asked for would come in their place.
-        if self.share.recalls.load(SeqCst) == 0 {
-            self.answer_recalled()?;
-        }
-        Ok(())
+        self.answer_recalled()
     }
 
+    /// Gives back what was asked for, unless somebody still asks: then it would
+    /// come in the place of another one.
     fn answer_recalled(&mut self) -> Result<()> {
+        if self.recalled.is_empty() || self.share.recalls.load(SeqCst) > 0 {
+            return Ok(());
+        }
         for mut slot in std::mem::take(&mut self.recalled) {
             slot.reply = Reply::Payload(0);
             self.answer(slot)?;
@@ -572,38 +592,58 @@ impl Uring {
 
     /// Has the entries that wait in this ring come back, but for those of CPUs
     /// that are not there.
-    fn recall(&mut self) -> Result<()> {
-        let kernel_queues = self.share.plan.kernel_queues;
-        let mut closed = Vec::new();
+    fn have_all_back(&mut self) -> Result<()> {
+        self.settle()?;
+        self.reap()?;
         // Those of other rings may come first: then all are asked for.
         for all in [false, true] {
-            let mut wanted = vec![0; kernel_queues];
-            for slot in self.in_kernel.iter().filter_map(|(_, slot)| slot.ring) {
-                wanted[usize::from(slot.kernel_queue)] += 1;
-            }
-            for cpu in &closed {
-                wanted[*cpu] = 0;
-            }
-            if self.gone || wanted.iter().all(|n| *n == 0) {
-                return Ok(());
-            }
+            let mut wanted = self.waiting_by_cpu();
             if all {
                 for (cpu, n) in wanted.iter_mut().enumerate().filter(|(_, n)| **n > 0) {
                     *n = self.share.depth(cpu);
                 }
             }
             let asked = self.share.ask(self.legacy.device(), &wanted);
-            closed.extend(asked.map_err(|e| failed("cannot ask entries back", &e))?);
-            self.ring.settle().map_err(|e| failed("submit", &e))?;
-            self.reap()?;
+            let closed = asked.map_err(|e| failed("cannot ask entries back", &e))?;
+            if let Some(cpu) = first_online(&closed)? {
+                let text = format!(
+                    "io_uring: this thread may not run on CPU {cpu}, which it must to leave; \
+                     let its cpuset have all CPUs"
+                );
+                return Err(Error::new(libc::EPERM, text));
+            }
+            // An entry may still be on its way, in a thread that lost its CPU.
+            let end = Instant::now() + ON_THE_WAY;
+            loop {
+                self.settle()?;
+                self.reap()?;
+                let waiting = self.waiting_by_cpu().into_iter().enumerate();
+                let mut open = waiting.filter(|(cpu, n)| *n > 0 && !closed.contains(cpu));
+                self.gone |= self.legacy.has_ended();
+                if self.gone || open.next().is_none() {
+                    return Ok(());
+                }
+                if Instant::now() > end || !all {
+                    break;
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
         }
-        let is_closed = |ring: RingOrigin| closed.contains(&ring.kernel_queue.into());
-        let mut left = self.in_kernel.iter().filter_map(|(_, slot)| slot.ring);
-        if self.gone || left.all(is_closed) {
-            return Ok(());
-        }
-        let text = "io_uring: entries of a thread that leaves do not come back";
+        let text = "io_uring: the entries of a thread that leaves do not come back";
         Err(Error::new(libc::EIO, text))
+    }
+
+    /// How many entries of each CPU wait in this ring.
+    fn waiting_by_cpu(&self) -> Vec<usize> {
+        let mut waiting = vec![0; self.share.plan.kernel_queues];
+        for ring in self.in_kernel.iter().filter_map(|(_, slot)| slot.ring) {
+            waiting[usize::from(ring.kernel_queue)] += 1;
+        }
+        waiting
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        self.ring.settle().map_err(|e| failed("submit", &e))
     }
 
     /// Answers what makes no sense, so that nobody waits for it.
@@ -706,6 +746,16 @@ fn areas(slot: &mut Slot) -> [libc::iovec; 2] {
     [header, area(slot.payload_mut())]
 }
 
+/// The first of these CPUs that is there.
+fn first_online(cpus: &[usize]) -> Result<Option<usize>> {
+    if cpus.is_empty() {
+        return Ok(None);
+    }
+    let online = System::new().online_cpus();
+    let online = online.map_err(|e| Error::from_io("cannot list the CPUs", &e))?;
+    Ok(cpus.iter().copied().find(|cpu| online.contains(cpu)))
+}
+
 fn failed(what: &str, error: &io::Error) -> Error {
     Error::from_io(format_args!("io_uring: {what}"), error)
 }
@@ -738,6 +788,9 @@ impl Transport for Uring {
     }
 
     fn begin(&mut self) -> Result<()> {
+        if let Some(error) = self.broken.take() {
+            return Err(error);
+        }
         let left = self.share.exchange.close_door(self.queue);
         if !left.is_empty() {
             for slot in left {
@@ -745,9 +798,7 @@ impl Transport for Uring {
             }
             self.flush()?;
         }
-        if !self.recalled.is_empty() && self.share.recalls.load(SeqCst) == 0 {
-            self.answer_recalled()?;
-        }
+        self.answer_recalled()?;
         self.rearrange();
         Ok(())
     }
@@ -828,10 +879,11 @@ impl Transport for Uring {
     }
 
     fn is_overslept(&mut self, wanted: bool) -> Result<bool> {
-        // One entry into the kernel need not bring everything.
-        while self.ring.has_news() {
-            self.ring.submit().map_err(|e| failed("submit", &e))?;
-            if !self.reaps()? {
+        self.answer_recalled()?;
+        // What has come may be answered at once, and that may bring more.
+        while self.ring.is_unsubmitted() || self.ring.has_news() {
+            self.settle()?;
+            if !self.reaps()? && !self.ring.is_unsubmitted() {
                 break;
             }
         }
@@ -865,11 +917,20 @@ impl Transport for Uring {
         self.reap()
     }
 
-    fn unbind(mut self: Box<Self>) -> (Box<dyn Unbound>, Result<()>) {
+    fn recall(&mut self) -> Result<()> {
         self.share.recalls.fetch_add(1, SeqCst);
-        let recalled_all = self.recall();
+        let recalled = self.have_all_back();
         self.share.recalls.fetch_sub(1, SeqCst);
+        // Others may have been given some meanwhile.
         self.share.exchange.kick();
+        if recalled.is_err() {
+            self.answer_recalled()?;
+            self.flush()?;
+        }
+        recalled
+    }
+
+    fn unbind(self: Box<Self>) -> Box<dyn Unbound> {
         let Uring {
             ring,
             in_kernel,
@@ -906,7 +967,7 @@ impl Transport for Uring {
             share,
             wakeups,
         };
-        (Box::new(apart), recalled_all)
+        Box::new(apart)
     }
 
     fn fall_back(self: Box<Self>) -> Box<dyn Transport> {

@@ -713,63 +713,75 @@ fn drained(export: &Export) {
 #[test]
 fn queues_move_between_threads_under_load_and_nothing_is_lost() {
     for_transports_and_queues(|transport, queues| {
-        const CLIENTS: usize = 4;
-        const MOVES: usize = 60;
-        let m = Mounted::new(transport, queues);
-        let mut current = LoopThread::start();
-        for queue in m.queues() {
-            current.tell(Order::Attach(queue));
-        }
-        let file = m.open();
-        let over = AtomicBool::new(false);
-        let rounds = AtomicUsize::new(0);
-        thread::scope(|scope| {
-            for client in 0..CLIENTS {
-                let (file, over, rounds) = (&file, &over, &rounds);
-                scope.spawn(move || {
-                    for round in 0.. {
-                        if over.load(SeqCst) {
-                            break;
-                        }
-                        let at = ((client * 16 + round % 16) * BLOCK) as u64;
-                        let data = [(round * 5 + client) as u8; BLOCK];
-                        file.write_all_at(&data, at).unwrap();
-                        let mut back = [0; BLOCK];
-                        file.read_exact_at(&mut back, at).unwrap();
-                        assert_eq!(data, back);
-                        rounds.fetch_add(1, SeqCst);
-                    }
-                });
-            }
-            let _over = SetOnDrop(&over);
-            for moved in 0..MOVES {
-                let before = rounds.load(SeqCst);
-                drained(m.export());
-                current.tell(Order::DetachAll);
-                // The old thread lives on, or is gone before the next begins.
-                let next = LoopThread::start();
-                let old = std::mem::replace(&mut current, next).end();
-                if moved % 2 == 0 {
-                    old.join().unwrap();
-                }
-                let calls = m.disk.calls();
-                for queue in m.queues() {
-                    current.tell(Order::Attach(queue));
-                }
-                assert_eq!(m.disk.calls(), calls, "a call in a drain");
-                m.export().drain_end().unwrap();
-                // Everybody gets on.
-                within(SOON, "clients go on", || {
-                    rounds.load(SeqCst) >= before + 2 * CLIENTS
-                });
-            }
-        });
-        drop(file);
-        let starts = m.disk.0.starts.lock().unwrap().len();
-        assert_eq!(starts, queues * (MOVES + 1));
-        m.delete();
-        current.end().join().unwrap();
+        move_under_load(transport, queues, None);
+        // An entry for each CPU: all of them may be in hand when a thread leaves.
+        move_under_load(transport, queues, Some(1));
     });
+}
+
+fn move_under_load(transport: IoUring, queues: usize, depth: Option<usize>) {
+    const CLIENTS: usize = 4;
+    const MOVES: usize = 60;
+    let m = Mounted::with(|b| {
+        let b = b.io_uring(transport).queues(queues);
+        match depth {
+            Some(depth) => b.queue_depth(depth),
+            None => b,
+        }
+    });
+    let mut current = LoopThread::start();
+    for queue in m.queues() {
+        current.tell(Order::Attach(queue));
+    }
+    let file = m.open();
+    let over = AtomicBool::new(false);
+    let rounds = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for client in 0..CLIENTS {
+            let (file, over, rounds) = (&file, &over, &rounds);
+            scope.spawn(move || {
+                for round in 0.. {
+                    if over.load(SeqCst) {
+                        break;
+                    }
+                    let at = ((client * 16 + round % 16) * BLOCK) as u64;
+                    let data = [(round * 5 + client) as u8; BLOCK];
+                    file.write_all_at(&data, at).unwrap();
+                    let mut back = [0; BLOCK];
+                    file.read_exact_at(&mut back, at).unwrap();
+                    assert_eq!(data, back);
+                    rounds.fetch_add(1, SeqCst);
+                }
+            });
+        }
+        let _over = SetOnDrop(&over);
+        for moved in 0..MOVES {
+            let before = rounds.load(SeqCst);
+            drained(m.export());
+            current.tell(Order::DetachAll);
+            // The old thread lives on, or is gone before the next begins.
+            let next = LoopThread::start();
+            let old = std::mem::replace(&mut current, next).end();
+            if moved % 2 == 0 {
+                old.join().unwrap();
+            }
+            let calls = m.disk.calls();
+            for queue in m.queues() {
+                current.tell(Order::Attach(queue));
+            }
+            assert_eq!(m.disk.calls(), calls, "a call in a drain");
+            m.export().drain_end().unwrap();
+            // Everybody gets on.
+            within(SOON, "clients go on", || {
+                rounds.load(SeqCst) >= before + 2 * CLIENTS
+            });
+        }
+    });
+    drop(file);
+    let starts = m.disk.0.starts.lock().unwrap().len();
+    assert_eq!(starts, queues * (MOVES + 1));
+    m.delete();
+    current.end().join().unwrap();
 }
 
 struct SetOnDrop<'a>(&'a AtomicBool);

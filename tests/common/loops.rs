@@ -29,7 +29,10 @@ impl Loops {
 
 /// Runs a queue in the calling thread until it has ended.
 pub fn run(queue: &HostQueue) {
-    queue.attach().unwrap();
+    match queue.attach() {
+        Err(e) if e.errno() == libc::ESHUTDOWN => return,
+        attached => attached.unwrap(),
+    }
     while go_on(queue) {}
 }
 
