@@ -10,6 +10,8 @@
 #     --workloads A,B     of: rr16 rw16 rr16x2 rw16x2 rr1 rw1 sr1M sw1M (all)
 #     --blkfused PROGRAM  the daemon to measure (built with cargo otherwise)
 #     --args 'ARGUMENTS'  more arguments for the daemon, such as '--threads 2'
+#     --hosts             beside null.c, which answers through the C API, in
+#                         each of its ways, instead of the other programs
 #
 # rr and rw are random reads and writes of 4 KiB, 16 at a time or 1; x2 means
 # two clients; sr1M and sw1M are sequential, of 1 MiB, 8 at a time.
@@ -19,11 +21,12 @@
 # changes meanwhile meets all of them. Differences below 30 % mean nothing.
 set -euo pipefail
 
-runtime=4 reps=3 only= workloads=rr16,rw16,rr16x2,rw16x2,rr1,rw1,sr1M,sw1M blkfused= extra=
+runtime=4 reps=3 only= workloads=rr16,rw16,rr16x2,rw16x2,rr1,rw1,sr1M,sw1M blkfused= extra= hosts=
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"; }
 while [ $# -gt 0 ]; do
 	case $1 in
 	-h | --help) usage; exit ;;
+	--hosts) hosts=1; shift ;;
 	--runtime | --reps | --only | --workloads | --blkfused | --args)
 		[ $# -ge 2 ] || { echo "compare: $1 needs a value" >&2; exit 2; }
 		case $1 in
@@ -62,14 +65,19 @@ fio_args() { # workload
 IFS=, read -ra loads <<<"$workloads"
 for load in "${loads[@]}"; do fio_args "$load" >/dev/null; done
 
+top=$(cd "$(dirname "$0")/.." && pwd)
+built=${CARGO_TARGET_DIR:-$top/target}/release
 if [ -z "$blkfused" ]; then
-	top=$(cd "$(dirname "$0")/.." && pwd)
 	(cd "$top" && cargo build -q --release --bin blkfused)
-	blkfused=${CARGO_TARGET_DIR:-$top/target}/release/blkfused
+	blkfused=$built/blkfused
 fi
 [ -x "$blkfused" ] || die "$blkfused is not a program"
 
 dir=$(mktemp -d)
+if [ -n "$hosts" ]; then
+	(cd "$top" && cargo build -q --release --lib)
+	cc -O2 "$top/benches/null.c" -o "$dir/null" -I"$top/include" "$built/libblkfuse.a" -lpthread -ldl -lm
+fi
 at=$dir/disk server=
 : >"$at"
 is_mounted() { grep -q " $at " /proc/self/mounts; }
@@ -106,6 +114,7 @@ serve() { # system: runs its server in place of this shell
 			--export "fuse,id=e,node-name=n,mountpoint=$at,writable=on,growable=on"
 		;;
 	nbdfuse) exec nbdfuse "$at" '[' nbdkit null 8G ']' ;;
+	C,*) exec "$dir/null" "${1#C,}" "$at" ;;
 	esac
 }
 
@@ -143,6 +152,7 @@ median() { sort -n | awk '{ v[NR] = $1 } END { if (NR) print (v[int((NR + 1) / 2
 systems=(blkfuse)
 for peer in qsd:qemu-storage-daemon nbdfuse:nbdfuse; do
 	name=${peer%%:*}
+	[ -z "$hosts" ] || continue
 	[[ $name =~ $only ]] || continue
 	if have "${peer#*:}" && { [ "$name" != nbdfuse ] || have nbdkit; }; then
 		systems+=("$name")
@@ -150,6 +160,10 @@ for peer in qsd:qemu-storage-daemon nbdfuse:nbdfuse; do
 		echo "compare: no ${peer#*:} here: its row is missing" >&2
 	fi
 done
+
+if [ -n "$hosts" ]; then
+	systems+=(C,sync C,batch C,worker C,host)
+fi
 
 for ((rep = 1; rep <= reps; rep++)); do
 	for load in "${loads[@]}"; do

@@ -188,10 +188,28 @@ mod model {
         }
     }
 
+    /// What a program's own thread does between two dispatches.
+    fn sleep_elsewhere(queue: &Wakeups) {
+        queue.clear();
+        if queue.fall_asleep() {
+            queue.event.poll();
+        }
+        queue.awake();
+    }
+
     /// Runs the queue until each of its tasks has seen all that was done for
     /// it: `wakes` says how often each task is woken, by a thread of its own,
     /// with something new.
     fn run(tasks: usize, wakes: &'static [(usize, usize)], returns_early: bool) {
+        run_sleeping(tasks, wakes, returns_early, Wakeups::sleep);
+    }
+
+    fn run_sleeping(
+        tasks: usize,
+        wakes: &'static [(usize, usize)],
+        returns_early: bool,
+        sleep: fn(&Wakeups),
+    ) {
         model(move || {
             let queue = Arc::new(Wakeups::new(tasks).unwrap());
             let done: Arc<Vec<_>> = Arc::new(wakes.iter().map(|_| AtomicUsize::new(0)).collect());
@@ -222,7 +240,7 @@ mod model {
                     }
                 });
                 if wakes.iter().zip(&seen).any(|(wake, seen)| wake.1 > *seen) {
-                    queue.sleep();
+                    sleep(&queue);
                 }
             }
             threads.into_iter().for_each(|t| t.join().unwrap());
@@ -247,6 +265,12 @@ mod model {
     #[test]
     fn a_wake_is_not_lost_where_the_transport_returns_early() {
         run(1, &[(0, 2)], true);
+    }
+
+    #[test]
+    fn a_wake_is_not_lost_by_a_thread_that_sleeps_elsewhere() {
+        run_sleeping(2, &[(0, 1), (1, 1)], false, sleep_elsewhere);
+        run_sleeping(1, &[(0, 2)], true, sleep_elsewhere);
     }
 
     #[test]
