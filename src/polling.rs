@@ -39,15 +39,17 @@ const PATIENCE: u32 = 4;
 /// After how many waits asleep looking is tried again, at least and at most.
 const RETRY: u32 = 64;
 const LAST_RETRY: u32 = 1 << 14;
-/// After how many waits awake it is forgotten that the CPU was once lost.
+/// After how many looks of use it is forgotten that the CPU was once lost: a
+/// machine's own CPU, if it is virtual, goes now and then to another machine.
 const FORGETTING: u32 = 256;
 
 /// What one queue has learnt of its waits.
 #[derive(Debug)]
 pub(crate) struct Polling {
     usual: Duration,
-    /// How many looks in a row were in vain, and how many were not.
+    /// How many looks in a row were in vain.
     in_vain: u32,
+    /// How many were not since the CPU was lost.
     of_use: u32,
     /// How many waits asleep there are to be yet.
     asleep: u32,
@@ -109,7 +111,6 @@ impl Polling {
                 }
             }
             Look::InVain => {
-                self.of_use = 0;
                 self.in_vain += 1;
                 if self.in_vain >= PATIENCE {
                     self.in_vain = 0;
@@ -201,8 +202,10 @@ mod tests {
             assert!(polling.is_worth_it());
         }
         assert_eq!(asleep, LAST_RETRY);
+        // Not so if it happens now and then, whatever is found in between.
         for _ in 0..FORGETTING {
             polling.learn(Look::Found);
+            polling.learn(Look::InVain);
         }
         polling.learn(Look::Lost { found: false });
         assert_eq!(polling.asleep, RETRY);
