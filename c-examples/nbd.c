@@ -14,9 +14,9 @@
  *
  * The URI is what libnbd takes: nbd://HOST, nbds://HOST (with TLS),
  * nbd+unix:///EXPORT?socket=PATH. The keys are connections=N: so many carry data
- * (1 to 16; as many as there are CPUs, at most 4, if not given); and, of the
- * program, the properties of an export. A server that does not say that several
- * connections see the same disk gets a single one.
+ * (1 to 16; one for every two CPUs, at most 4, if not given); and, of the
+ * program, the properties of an export but "queues" and "threads". A server that
+ * does not say that several connections see the same disk gets a single one.
  *
  * If a connection breaks, the requests on it fail with EIO, and so does all
  * that comes later; the file stays until this program, or blkfused, ends.
@@ -286,13 +286,13 @@ static bool dispatch(struct connection *connection)
    False if the connection is over. */
 static bool take_replies(struct nbd_handle *nbd)
 {
-    int before;
+    /* libnbd that was told of a reply sends nothing before it has that. */
+    struct pollfd fd = { nbd_aio_get_fd(nbd), POLLIN, 0 };
 
     do {
-        before = nbd_aio_in_flight(nbd);
         if (nbd_aio_notify_read(nbd) < 0 || nbd_aio_is_closed(nbd) || nbd_aio_is_dead(nbd))
             return false;
-    } while (nbd_aio_in_flight(nbd) > 0 && nbd_aio_in_flight(nbd) < before);
+    } while (nbd_aio_in_flight(nbd) > 0 && poll(&fd, 1, 0) > 0);
     return true;
 }
 
@@ -591,8 +591,9 @@ static int ask(struct disk *disk, struct nbd_handle *nbd)
     return 0;
 }
 
-/* Opens all connections: for data as many as are wanted, or as are good if that
-   is 0. */
+/* Opens all connections: for data as many as are wanted. If that is not said,
+   half of the CPUs stay for the clients, and for a server on this machine: with
+   more connections each has fewer replies at a time to offer its thread. */
 static int connect_disk(struct disk *disk)
 {
     unsigned wanted = disk->wanted;
@@ -603,7 +604,7 @@ static int connect_disk(struct disk *disk)
     if (!disk->multi_conn)
         return 0;
     if (wanted == 0)
-        wanted = cpus < 1 ? 1 : cpus > 4 ? 4 : (unsigned)cpus;
+        wanted = cpus < 4 ? 1 : cpus > 8 ? 4 : (unsigned)cpus / 2;
     disk->first_data = 1;
     while (disk->count < 1 + wanted) {
         if (open_connection(disk, false) < 0)
@@ -697,30 +698,33 @@ failed:
     return error;
 }
 
-/* Flushes as a request would. A server that does not answer in time keeps the
-   job, so there is just one. */
+/* Flushes as a request would, but for none. */
 static int plugin_sync(void *disk_)
 {
     struct disk *disk = (struct disk *)disk_;
     struct timespec end;
-    int error = 0;
+    int error;
 
     if (!disk->can_flush)
         return 0;
+    pthread_mutex_lock(&disk->lock);
+    if (disk->syncing) { /* the last one has not been answered yet */
+        pthread_mutex_unlock(&disk->lock);
+        return -ETIMEDOUT;
+    }
+    disk->syncing = true;
+    pthread_mutex_unlock(&disk->lock);
+
+    memset(&disk->sync, 0, sizeof(disk->sync));
+    disk->sync.connection = &disk->connections[0];
+    disk->sync.kind = FLUSH;
+    error = submit(&disk->sync);
+
     clock_gettime(CLOCK_REALTIME, &end);
     end.tv_sec += PATIENCE_MS / 1000;
     pthread_mutex_lock(&disk->lock);
-    if (!disk->syncing) {
-        memset(&disk->sync, 0, sizeof(disk->sync));
-        disk->sync.connection = &disk->connections[0];
-        disk->sync.kind = FLUSH;
-        disk->syncing = true;
-        pthread_mutex_unlock(&disk->lock);
-        error = submit(&disk->sync);
-        pthread_mutex_lock(&disk->lock);
-        if (error < 0)
-            disk->syncing = false;
-    }
+    if (error < 0)
+        disk->syncing = false;
     while (disk->syncing && error != ETIMEDOUT)
         error = pthread_cond_timedwait(&disk->changed, &disk->lock, &end);
     if (error >= 0)
@@ -740,7 +744,7 @@ const struct blkfuse_plugin *blkfuse_plugin_get(void)
         { "uri", "the server's disk, like nbd://HOST, nbds://HOST (with TLS) or\n"
                  "nbd+unix:///EXPORT?socket=PATH; must be given" },
         { "connections", "how many carry data, if the server permits several: 1 to 16;\n"
-                         "if not given, as many as there are CPUs, at most 4" },
+                         "if not given, one for every two CPUs, at most 4" },
         { NULL, NULL },
     };
     static struct blkfuse_plugin plugin;
