@@ -386,11 +386,10 @@ static void *run(void *connection_)
         complete(job);
     }
     /* Clients get errors as long as the export is there. */
-    while (connection->queue) {
+    for (dispatch(connection); connection->queue; dispatch(connection)) {
         struct pollfd fd = { blkfuse_queue_get_fd(connection->queue), POLLIN, 0 };
 
-        if (!dispatch(connection))
-            poll(&fd, 1, -1);
+        poll(&fd, 1, -1);
     }
     return NULL;
 }
