@@ -34,7 +34,6 @@
 #include <inttypes.h>
 #include <poll.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -82,8 +81,7 @@ struct connection {
     struct disk *disk;
     pthread_t thread;  /* takes replies, and runs the queue if there is one */
     struct list again; /* the thread's: what has more pieces to do */
-    unsigned in_flight, answered;
-    int wake; /* an eventfd, to have the thread look around */
+    int wake;          /* an eventfd, to have the thread look around */
     struct blkfuse_queue *queue;
     /* Closed by the thread when it ends; whoever else uses it holds the lock,
        and has looked at `lost`. */
@@ -286,7 +284,8 @@ static bool dispatch(struct connection *connection)
    False if the connection is over. */
 static bool take_replies(struct nbd_handle *nbd)
 {
-    /* libnbd that was told of a reply sends nothing before it has that. */
+    /* Not to be left out: once libnbd was told of a reply it sends nothing until
+       that has come. */
     struct pollfd fd = { nbd_aio_get_fd(nbd), POLLIN, 0 };
 
     do {
@@ -573,11 +572,11 @@ static int ask(struct disk *disk, struct nbd_handle *nbd)
     if (disk->size < 0)
         return complain(disk, disk->uri, nbd_get_error());
     if (least > 1)
-        return complain(disk, disk->uri, "the server takes only whole blocks; put nbdkit with its "
-                                  "blocksize filter between");
+        return complain(disk, disk->uri, "the server takes only whole blocks; "
+                                         "put nbdkit with its blocksize filter between");
     if (most > 0 && most < 65536)
-        return complain(disk, disk->uri, "the server takes only requests of less than 64 KiB; put nbdkit "
-                                  "with its blocksize filter between");
+        return complain(disk, disk->uri, "the server takes only requests of less than 64 KiB; "
+                                         "put nbdkit with its blocksize filter between");
     disk->max_request = most > 0 && most < MAX_REQUEST ? most & ~INT64_C(4095) : MAX_REQUEST;
     disk->block_size = 4096;
     if (preferred >= 512 && preferred <= 1048576 && (preferred & (preferred - 1)) == 0)
@@ -785,19 +784,14 @@ static void driver_deleted(void *disk_)
     pthread_mutex_unlock(&disk->lock);
 }
 
-/* A property that follows from the connections cannot be set. */
-static bool is_ours(const char *setting)
-{
-    return strncmp(setting, "queues=", 7) == 0 || strncmp(setting, "threads=", 8) == 0;
-}
-
 static int configure(struct disk *disk, struct blkfuse_export *export_, const char *file,
                      char **settings)
 {
     if (blkfuse_export_set_str(export_, "mountpoint", file) < 0 ||
         blkfuse_export_set_str(export_, "source", disk->uri) < 0 ||
         blkfuse_export_set_bool(export_, "writable", !disk->read_only) < 0 ||
-        blkfuse_export_set_u64(export_, "max-request", (uint64_t)disk->max_request) < 0 ||
+        (disk->max_request < MAX_REQUEST &&
+         blkfuse_export_set_u64(export_, "max-request", (uint64_t)disk->max_request) < 0) ||
         /* A queue for each connection that carries data, run by its thread. */
         blkfuse_export_set_u64(export_, "queues", disk->count - disk->first_data) < 0 ||
         blkfuse_export_set_str(export_, "threads", "host") < 0)
@@ -852,15 +846,16 @@ static struct blkfuse_export *start(struct disk *disk, const char *file, char **
     return export_;
 }
 
+/* Takes the settings that the connections depend on, or the other way round. */
 static int take_settings(struct disk *disk, char **settings)
 {
     for (; *settings; settings++) {
         if (strncmp(*settings, "connections=", 12) == 0 &&
             set_connections(disk, *settings + 12) < 0)
             return -1;
-        if (is_ours(*settings))
-            return complain(disk, *settings, "each connection has a queue and a thread; "
-                                             "use connections=N");
+        if (strncmp(*settings, "queues=", 7) == 0 || strncmp(*settings, "threads=", 8) == 0)
+            return complain(disk, *settings, "each connection that carries data has a queue and a "
+                                             "thread; set connections=N");
     }
     return 0;
 }
