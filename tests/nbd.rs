@@ -1,5 +1,6 @@
-//! The example that shows an NBD server's disk as a file, beside nbdkit: its
-//! data, and what becomes of clients when the server is slow, stuck or dead.
+//! The example that shows an NBD server's disk as a file, beside nbdkit, as a
+//! program and as a plugin of blkfused: its data, and what becomes of clients
+//! when the server is slow, stuck or dead.
 
 // For hosted.rs.
 #[path = "common/alone.rs"]
@@ -35,16 +36,22 @@ const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 /// How a list of properties says that data may go over several connections,
 /// or over one.
 const CONNECTIONS: [&str; 2] = ["connections=3", "connections=1"];
+/// Before them: nobody is to write.
+const READ_ONLY: &str = "read-only";
+
+/// The ways in which the example serves: as a program and as a plugin.
+const WAYS: [Linking; 2] = [Linking::Shared, Linking::Plugin];
 
 /// The example and a place to run it in, if all is here that it takes.
 struct Bench {
     workshop: Workshop,
-    program: PathBuf,
+    linking: Linking,
+    built: PathBuf,
 }
 
 impl Bench {
-    fn new() -> Option<Self> {
-        Self::with("gcc", C, Linking::Shared, &[])
+    fn new(linking: Linking) -> Option<Self> {
+        Self::with("gcc", C, linking, &[])
     }
 
     /// `more` comes last in the compiler's command line.
@@ -60,36 +67,68 @@ impl Bench {
         let workshop = Workshop::new();
         let source = "c-examples/nbd.c";
         let more = [&["-lnbd"], more].concat();
-        let program = workshop.build_with(compiler, standard, source, linking, &more)?;
-        Some(Self { workshop, program })
+        let built = workshop.build_with(compiler, standard, source, linking, &more)?;
+        Some(Self {
+            workshop,
+            linking,
+            built,
+        })
     }
 
     fn server(&self, arguments: &[&str]) -> Server {
-        Server::start(&self.workshop, arguments)
+        Server::start(&self.workshop, "server", arguments)
     }
 
-    fn command(&self, uri: &str, path: &Path, transport: IoUring, more: &[&str]) -> Command {
-        let mut command = Command::new(&self.program);
-        command.arg(uri).arg(path);
-        command.arg(format!("io-uring={transport:?}").to_lowercase());
-        command.args(more);
+    fn is_plugin(&self) -> bool {
+        self.linking == Linking::Plugin
+    }
+
+    /// What is executed.
+    fn program(&self) -> &Path {
+        match self.is_plugin() {
+            true => Path::new(env!("CARGO_BIN_EXE_blkfused")),
+            false => &self.built,
+        }
+    }
+
+    /// Adds all that stands behind the program in a command line.
+    fn complete(
+        &self,
+        mut command: Command,
+        uri: &str,
+        path: &Path,
+        transport: IoUring,
+        more: &[&str],
+    ) -> Command {
+        let transport = format!("{transport:?}").to_lowercase();
+        if self.is_plugin() {
+            let (more, writable) = match more {
+                [READ_ONLY, more @ ..] => (more, None),
+                more => (more, Some("-w")),
+            };
+            command.args(["--io-uring", &transport]).args(writable);
+            command.arg("--plugin").arg(&self.built);
+            command.arg(format!("uri={uri}")).args(more).arg(path);
+        } else {
+            command.arg(uri).arg(path);
+            command.arg(format!("io-uring={transport}"));
+            // The server says it.
+            command.args(more.iter().filter(|word| **word != READ_ONLY));
+        }
         command
     }
 
-    /// Shows a server's disk, which must work.
+    fn command(&self, uri: &str, path: &Path, transport: IoUring, more: &[&str]) -> Command {
+        self.complete(Command::new(self.program()), uri, path, transport, more)
+    }
+
+    /// Shows a server's disk, which must work. `more`: keys and values, perhaps
+    /// behind READ_ONLY.
     fn show(&self, server: &Server, transport: IoUring, more: &[&str]) -> Shown {
         let path = self.workshop.mountpoint("disk");
         let watchdog = Watchdog::new(&path);
         let mut command = self.command(&server.uri(), &path, transport, more);
-        let running = Running::start(&mut command);
-        let line = running.line(PATIENCE);
-        assert!(line.ends_with("until this ends"), "{line}");
-        assert!(is_mounted(&path));
-        Shown {
-            running,
-            path,
-            _watchdog: watchdog,
-        }
+        Shown::start(&mut command, path, watchdog)
     }
 
     /// What it says if it cannot show what is at `uri`.
@@ -97,7 +136,7 @@ impl Bench {
         let path = self.workshop.mountpoint("disk");
         let output = self.command(uri, &path, IoUring::Off, more).output();
         let output = output.unwrap();
-        assert_eq!(output.status.code(), Some(1));
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
         assert!(!is_mounted(&path));
         String::from_utf8(output.stderr).unwrap()
     }
@@ -119,6 +158,19 @@ struct Shown {
 }
 
 impl Shown {
+    fn start(command: &mut Command, path: PathBuf, watchdog: Watchdog) -> Self {
+        let running = Running::start(command);
+        let line = running.line(PATIENCE);
+        let known = ["until this ends", &format!("umount {}", path.display())];
+        assert!(known.iter().any(|end| line.ends_with(end)), "{line}");
+        assert!(is_mounted(&path));
+        Self {
+            running,
+            path,
+            _watchdog: watchdog,
+        }
+    }
+
     fn open(&self) -> File {
         let mut options = File::options();
         options.read(true).write(true).open(&self.path).unwrap()
@@ -140,8 +192,9 @@ struct Server {
 }
 
 impl Server {
-    fn start(workshop: &Workshop, arguments: &[&str]) -> Self {
-        let (socket, ready) = (workshop.path("socket"), workshop.path("ready"));
+    fn start(workshop: &Workshop, name: &str, arguments: &[&str]) -> Self {
+        let socket = workshop.path(name);
+        let ready = socket.with_extension("ready");
         for old in [&socket, &ready] {
             let _ = fs::remove_file(old);
         }
@@ -197,10 +250,12 @@ impl Drop for Server {
 
 fn for_benches(test: impl Fn(&Bench, IoUring, &str)) {
     for_transports(|transport| {
-        let Some(bench) = Bench::new() else { return };
-        for connections in CONNECTIONS {
-            eprintln!("with {connections}");
-            test(&bench, transport, connections);
+        for way in WAYS {
+            let Some(bench) = Bench::new(way) else { return };
+            for connections in CONNECTIONS {
+                eprintln!("{way:?} with {connections}");
+                test(&bench, transport, connections);
+            }
         }
     });
 }
@@ -276,6 +331,8 @@ fn it_is_c_and_cxx_and_can_be_linked_statically() {
         ("clang", C, Linking::Static),
         ("g++", CXX, Linking::Shared),
         ("clang++", CXX, Linking::Static),
+        ("clang", C, Linking::Plugin),
+        ("g++", CXX, Linking::Plugin),
     ] {
         let Some(bench) = Bench::with(compiler, standard, linking, &[]) else {
             return;
@@ -463,7 +520,7 @@ fn a_servers_errors_are_its_clients() {
 fn a_read_only_disk_stays_as_it_is() {
     for_benches(|bench, transport, connections| {
         let server = bench.server(&["--readonly", "pattern", "10000001"]);
-        let shown = bench.show(&server, transport, &[connections]);
+        let shown = bench.show(&server, transport, &[READ_ONLY, connections]);
         let error = File::options().write(true).open(&shown.path);
         let code = errno(error);
         assert!([libc::EROFS, libc::EACCES].contains(&code), "{code}");
@@ -504,55 +561,151 @@ fn it_says_what_is_wrong() {
     if !common::can_export() {
         return;
     }
-    let Some(bench) = Bench::new() else { return };
-    let usage = Command::new(&bench.program).output().unwrap();
-    assert_eq!(usage.status.code(), Some(2));
-    let nowhere = "nbd+unix:///?socket=/nonexistent/socket";
-    let said = bench.refusal(nowhere, &[]);
-    assert!(said.contains(nowhere), "{said}");
-    let server = bench.server(&["memory", "64M"]);
-    for (setting, word) in [
-        ("connections=0", "1 to 16"),
-        ("connections=17", "1 to 16"),
-        ("connections=two", "1 to 16"),
-        ("colour=red", "colour"),
-    ] {
-        let said = bench.refusal(&server.uri(), &[setting]);
-        assert!(said.contains(word), "{setting}: {said}");
-    }
-    drop(server);
-    for (policy, word) in [
-        (
-            ["blocksize-minimum=512", "blocksize-maximum=1M"],
-            "whole blocks",
-        ),
-        (["blocksize-minimum=1", "blocksize-maximum=4096"], "64 KiB"),
-    ] {
-        let preferred = "blocksize-preferred=4096";
-        let filter = "--filter=blocksize-policy";
-        let server = bench.server(&[filter, "memory", "64M", policy[0], preferred, policy[1]]);
-        let said = bench.refusal(&server.uri(), &[]);
-        assert!(
-            said.contains(&server.uri()) && said.contains(word),
-            "{said}"
-        );
+    for way in WAYS {
+        let Some(bench) = Bench::new(way) else { return };
+        let refused = |uri: &str, more: &[&str], words: &[&str]| {
+            let said = bench.refusal(uri, more);
+            for word in words {
+                assert!(said.contains(word), "{way:?} {more:?}: {said}");
+            }
+        };
+        let nowhere = "nbd+unix:///?socket=/nonexistent/socket";
+        refused(nowhere, &[], &[nowhere, "No such file"]);
+        refused("colour", &[], &["colour"]);
+        let server = bench.server(&["memory", "64M"]);
+        for (setting, word) in [
+            ("connections=0", "1 to 16"),
+            ("connections=17", "1 to 16"),
+            ("connections=two", "1 to 16"),
+            ("connections=", "1 to 16"),
+            ("colour=red", "colour"),
+            // The program says why, blkfused that it has no such key.
+            ("queues=2", "connections"),
+            ("threads=library", "connections"),
+        ] {
+            refused(&server.uri(), &[setting], &[word]);
+        }
+        drop(server);
+        for (policy, word) in [
+            (
+                ["blocksize-minimum=512", "blocksize-maximum=1M"],
+                "whole blocks",
+            ),
+            (["blocksize-minimum=1", "blocksize-maximum=4096"], "64 KiB"),
+        ] {
+            let preferred = "blocksize-preferred=4096";
+            let filter = "--filter=blocksize-policy";
+            let server = bench.server(&[filter, "memory", "64M", policy[0], preferred, policy[1]]);
+            refused(&server.uri(), &[], &[&server.uri(), word]);
+        }
+        if bench.is_plugin() {
+            let server = bench.server(&["--readonly", "memory", "64M"]);
+            refused(&server.uri(), &[], &[&server.uri(), "written"]);
+        } else {
+            let usage = Command::new(bench.program()).output().unwrap();
+            assert_eq!(usage.status.code(), Some(2));
+        }
     }
 }
 
+#[test]
+fn the_plugin_says_what_it_can_be_told() {
+    let Some(bench) = Bench::new(Linking::Plugin) else {
+        return;
+    };
+    let start = || {
+        let mut command = Command::new(bench.program());
+        command.arg("--plugin").arg(&bench.built);
+        command
+    };
+    let help = start().arg("--help").output().unwrap();
+    assert!(help.status.success(), "{help:?}");
+    let help = String::from_utf8(help.stdout).unwrap();
+    for word in ["uri ", "nbd+unix", "connections ", "1 to 16"] {
+        assert!(help.contains(word), "{help}");
+    }
+    let path = bench.workshop.mountpoint("disk");
+    let output = start().arg("connections=2").arg(&path).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("uri: must be given"), "{said}");
+}
+
+#[test]
+fn a_plugin_has_several_disks_at_once() {
+    for_transports(|transport| {
+        let Some(bench) = Bench::new(Linking::Plugin) else {
+            return;
+        };
+        let mut servers =
+            ["one", "two"].map(|name| Server::start(&bench.workshop, name, &["memory", "64M"]));
+        let paths = ["first", "second"].map(|name| bench.workshop.mountpoint(name));
+        let _watchdogs = paths.each_ref().map(|path| Watchdog::new(path));
+        let mut command = Command::new(bench.program());
+        let transport = format!("{transport:?}").to_lowercase();
+        command.args(["-w", "--io-uring", &transport]);
+        for (server, path) in servers.iter().zip(&paths) {
+            let (plugin, uri) = (bench.built.display(), server.uri());
+            let path = path.display();
+            command.arg("--export");
+            command.arg(format!("plugin:{plugin},connections=2,uri={uri}={path}"));
+        }
+        let mut running = Running::start(&mut command);
+        paths.iter().for_each(|_| drop(running.line(PATIENCE)));
+        let files = paths.each_ref().map(|path| {
+            let mut options = File::options();
+            options.read(true).write(true).open(path).unwrap()
+        });
+        use_disk(&files[0]);
+        use_disk(&files[1]);
+        for (file, data) in files.iter().zip([b"a", b"b"]) {
+            file.write_all_at(data, 5).unwrap();
+        }
+        assert_eq!(read(&files[0], 5, 1).unwrap(), b"a");
+        assert_eq!(read(&files[1], 5, 1).unwrap(), b"b");
+        // The one's end is none of the other's.
+        servers[0].kill();
+        assert_eq!(errno(read(&files[0], 1 << 20, 4096)), libc::EIO);
+        assert_eq!(read(&files[1], 5, 1).unwrap(), b"b");
+        files[1].sync_all().unwrap();
+        drop(files);
+        running.signal(libc::SIGTERM);
+        assert_eq!(running.status(PATIENCE).code(), Some(1));
+        assert!(!paths.iter().any(|path| is_mounted(path)));
+    });
+}
+
+#[test]
+fn what_was_written_is_flushed_when_the_daemon_ends() {
+    for_transports(|transport| {
+        let Some(bench) = Bench::new(Linking::Plugin) else {
+            return;
+        };
+        let log = bench.workshop.path("log");
+        let logfile = format!("logfile={}", log.display());
+        let server = bench.server(&["--filter=log", "memory", "64M", &logfile]);
+        let shown = bench.show(&server, transport, &[]);
+        let file = shown.open();
+        file.write_all_at(b"data", 0).unwrap();
+        let flushes = || fs::read_to_string(&log).unwrap().matches(" Flush ").count();
+        let before = flushes();
+        // It is still open, so no client has flushed.
+        shown.end(0);
+        assert!(flushes() > before);
+        drop(file);
+    });
+}
+
 /// Uses the disk of a server that lives on, and of one that dies. `start` begins
-/// the example's command line.
-fn with_servers(bench: &Bench, start: impl Fn() -> Command) {
+/// the command line with a program.
+fn with_servers(bench: &Bench, start: impl Fn(&Path) -> Command) {
     for dies in [false, true] {
         let mut server = bench.server(&["memory", "64M"]);
         let path = bench.workshop.mountpoint("disk");
         let watchdog = Watchdog::new(&path);
-        let running = Running::start(start().arg(server.uri()).arg(&path));
-        running.line(PATIENCE);
-        let shown = Shown {
-            running,
-            path,
-            _watchdog: watchdog,
-        };
+        let command = start(bench.program());
+        let mut command = bench.complete(command, &server.uri(), &path, IoUring::Auto, &[]);
+        let shown = Shown::start(&mut command, path, watchdog);
         use_disk(&shown.open());
         if dies {
             server.kill();
@@ -568,12 +721,14 @@ fn it_uses_memory_rightly() {
         return;
     }
     let Some(valgrind) = valgrind() else { return };
-    let Some(bench) = Bench::new() else { return };
-    with_servers(&bench, || {
-        let mut command = valgrind();
-        command.arg(&bench.program);
-        command
-    });
+    for way in WAYS {
+        let Some(bench) = Bench::new(way) else { return };
+        with_servers(&bench, |program| {
+            let mut command = valgrind();
+            command.arg(program);
+            command
+        });
+    }
 }
 
 #[test]
@@ -581,9 +736,28 @@ fn sanitizers_find_nothing_in_it() {
     if !common::can_export() {
         return;
     }
-    let Some(bench) = Bench::with("clang", C, Linking::Shared, &SANITIZE) else {
-        return;
-    };
-    let sanitizers = Sanitizers::new();
-    with_servers(&bench, || sanitizers.command(&bench.program));
+    for way in WAYS {
+        // In a plugin their code comes late, and must be there before all other.
+        let late = (way == Linking::Plugin).then_some("-shared-libasan");
+        let more: Vec<_> = SANITIZE.into_iter().chain(late).collect();
+        let Some(bench) = Bench::with("clang", C, way, &more) else {
+            return;
+        };
+        let library = late.map(|_| asan());
+        let sanitizers = Sanitizers::new();
+        with_servers(&bench, |program| {
+            let mut command = sanitizers.command(program);
+            command.envs(library.iter().map(|library| ("LD_PRELOAD", library)));
+            command
+        });
+    }
+}
+
+/// The shared library of AddressSanitizer.
+fn asan() -> String {
+    let library = format!("libclang_rt.asan-{}.so", std::env::consts::ARCH);
+    let mut find = Command::new("clang");
+    let found = find.arg(format!("-print-file-name={library}")).output();
+    let path = String::from_utf8(found.unwrap().stdout).unwrap();
+    path.trim_end().to_owned()
 }

@@ -120,7 +120,7 @@ run() { # example, transport, queues
 		nbdkit -f -U "$work/socket" -P "$work/listens" memory 64M &
 		server=$!
 		await_that 20 "nbdkit does not start" "[ -e '$work/listens' ]"
-		set -- "nbd+unix:///?socket=$work/socket" "$work/disk" "queues=$queues" connections=3 "$uring"
+		set -- "nbd+unix:///?socket=$work/socket" "$work/disk" "connections=$queues" "$uring"
 		;;
 	esac
 	# The order of clients' accesses to the same bytes of the disk passes through

@@ -24,6 +24,8 @@ const NATIVE: [&str; 6] = ["-lgcc_s", "-lutil", "-lrt", "-lpthread", "-lm", "-ld
 pub enum Linking {
     Shared,
     Static,
+    /// Not at all: a plugin of blkfused, of a source that asks for PLUGIN.
+    Plugin,
 }
 
 /// Where programs are built and run.
@@ -89,6 +91,7 @@ impl Workshop {
             Linking::Static => command
                 .arg(common::library_dir().join("libblkfuse.a"))
                 .args(NATIVE),
+            Linking::Plugin => command.args(["-DPLUGIN", "-shared", "-fPIC"]),
         };
         let Ok(output) = command.args(more).output() else {
             skip(&format!("there is no {compiler}"));
