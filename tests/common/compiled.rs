@@ -15,6 +15,8 @@ use crate::common::{self, Watchdog, is_mounted, skip};
 /// How long valgrind may take to start a program.
 pub const PATIENCE: Duration = Duration::from_secs(50);
 pub const C: &str = "-std=c99";
+/// With threads and atomics of its own.
+pub const C11: &str = "-std=c11";
 pub const CXX: &str = "-std=c++17";
 /// What libblkfuse.a needs besides the C library, as
 /// `rustc --print native-static-libs` says.
