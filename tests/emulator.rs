@@ -13,11 +13,13 @@ use std::process::{Command, Output, Stdio};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::thread;
+use std::time::Duration;
 
 use blkfuse::IoUring;
+use common::checked::{SANITIZE, Sanitizers, valgrind};
 use common::client::{command, fallocate, have, size, start};
 use common::{SOON, Watchdog, for_transports, is_mounted, pattern, skip, unmount, within};
-use compiled::{C11, Linking, Running, Workshop};
+use compiled::{C11, Linking, PATIENCE, Running, Workshop};
 use nix::mount::MntFlags;
 
 /// Not a multiple of the emulator's clusters, nor of the sectors.
@@ -34,22 +36,33 @@ struct Emulator {
     path: PathBuf,
     base: PathBuf,
     said: PathBuf,
+    /// How long it may take to do something.
+    limit: Duration,
     _watchdog: Watchdog,
 }
 
 impl Emulator {
     fn start(workshop: &Workshop, program: impl AsRef<OsStr>, arguments: &[&str]) -> Self {
+        Self::start_by(workshop, Command::new(program), arguments, SOON)
+    }
+
+    /// `command`: the beginning of its command line.
+    fn start_by(
+        workshop: &Workshop,
+        mut command: Command,
+        arguments: &[&str],
+        limit: Duration,
+    ) -> Self {
         let (path, base) = (workshop.mountpoint("disk"), workshop.path("base"));
         let said = workshop.path("said");
         fs::write(&base, pattern(0, LENGTH)).unwrap();
         let watchdog = Watchdog::new(&path);
-        let mut command = Command::new(program);
         command.arg(&base).arg(&path).args(arguments);
         command.current_dir(workshop.path("")).stdin(Stdio::piped());
         command.stderr(File::create(&said).unwrap());
         eprintln!("{command:?}");
         let running = Running::start(&mut command);
-        let first = running.line(SOON);
+        let first = running.line(limit);
         assert_eq!(
             first,
             format!("ok {} is a disk of {LENGTH} bytes", path.display())
@@ -59,6 +72,7 @@ impl Emulator {
             path,
             base,
             said,
+            limit,
             _watchdog: watchdog,
         }
     }
@@ -89,7 +103,7 @@ impl Emulator {
 
     fn ask(&mut self, command: &str) -> String {
         self.running.tell(command);
-        self.running.line(SOON)
+        self.running.line(self.limit)
     }
 
     /// The disk, as a client sees it.
@@ -107,10 +121,11 @@ impl Emulator {
 
     /// It is to have been told to end: it ends well, and all is as it was before.
     fn ended(&mut self) {
-        let status = self.running.status(SOON);
+        let status = self.running.status(self.limit);
         let said = fs::read_to_string(&self.said).unwrap();
         assert!(status.success(), "{status}: {said}");
-        assert_eq!(said, "");
+        // Valgrind says things, too.
+        assert!(!said.contains("emulator: "), "{said}");
         assert!(!is_mounted(&self.path));
         assert_eq!(fs::metadata(&self.path).unwrap().len(), 0);
         assert!(
@@ -221,7 +236,7 @@ impl Load {
     /// Every client gets on.
     fn goes_on(&self) {
         let before = self.done();
-        within(SOON, "the clients go on", || {
+        within(PATIENCE, "the clients go on", || {
             let mut both = self.done().into_iter().zip(before);
             both.all(|(now, before)| now >= before + 2)
         });
@@ -645,4 +660,69 @@ fn its_command_line_is_checked() {
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));
     assert!(output.stdout.starts_with(b"ok "));
     assert!(!is_mounted(&path));
+}
+
+// --- what it does to memory -------------------------------------------------
+
+/// Has it do all that it can, under load.
+fn do_everything(mut e: Emulator) {
+    let file = e.open();
+    Load::during(&file, |load| {
+        let longer = LENGTH + 100_000;
+        for command in [
+            "snapshot",
+            "move",
+            "stats",
+            &format!("resize {longer}"),
+            "snapshot",
+            "move",
+        ] {
+            let answer = e.ask(command);
+            assert!(answer.starts_with("ok "), "{command}: {answer}");
+            load.goes_on();
+        }
+    });
+    assert_eq!(e.ask("revert"), "ok 4 layers");
+    assert!(e.ask("dance").starts_with("failed: "));
+    file.sync_all().unwrap();
+    drop(file);
+    e.quit();
+}
+
+/// It is run so with one thread, and with more queues than threads.
+const SHAPES: [[&str; 2]; 2] = [["1", "queues=1"], ["2", "queues=3"]];
+
+/// Over /dev/fuse only: while one thread waits in io_uring_enter(2), valgrind
+/// lets no other run, not even the one that would end the wait.
+#[test]
+fn it_uses_memory_rightly() {
+    let workshop = Workshop::new();
+    let (Some(valgrind), Some(program)) = (valgrind(), build(&workshop)) else {
+        return;
+    };
+    for [threads, queues] in SHAPES {
+        let mut command = valgrind();
+        command.arg(&program);
+        let arguments = [threads, queues, io_uring(IoUring::Off)];
+        let e = Emulator::start_by(&workshop, command, &arguments, PATIENCE);
+        do_everything(e);
+    }
+}
+
+#[test]
+fn sanitizers_find_nothing_in_it() {
+    let workshop = Workshop::new();
+    let sanitizers = Sanitizers::new();
+    let (source, shared) = ("c-examples/emulator.c", Linking::Shared);
+    let Some(program) = workshop.build_with("clang", C11, source, shared, &SANITIZE) else {
+        return;
+    };
+    for_transports(|transport| {
+        for [threads, queues] in SHAPES {
+            let command = sanitizers.command(&program);
+            let arguments = [threads, queues, io_uring(transport)];
+            let e = Emulator::start_by(&workshop, command, &arguments, PATIENCE);
+            do_everything(e);
+        }
+    });
 }
