@@ -333,20 +333,19 @@ fn fio_finds_what_it_wrote_while_all_else_happens() {
 fn a_snapshot_under_load_is_a_moment_that_revert_brings_back() {
     Emulator::for_each(&[(1, 1), (2, 2), (2, 5)], |mut e| {
         let file = e.open();
-        let mut moments = Vec::new();
+        let (mut earliest, mut latest) = ([0; CLIENTS], [0; CLIENTS]);
         Load::during(&file, |load| {
             for snapshots in 1..=5 {
-                let before = load.done();
+                earliest = load.done();
                 assert_eq!(e.ask("snapshot"), format!("ok {} layers", snapshots + 2));
-                moments = vec![before, load.begun()];
+                latest = load.begun();
                 load.goes_on();
             }
         });
         // The clients are done; now the disk is what it was then.
         assert_eq!(e.ask("revert"), "ok 7 layers");
         let disk = e.content();
-        for client in 0..CLIENTS {
-            let (earliest, latest) = (moments[0][client], moments[1][client]);
+        for (client, (earliest, latest)) in earliest.into_iter().zip(latest).enumerate() {
             let found = writes_on(&disk, client, latest);
             assert!(
                 (earliest..=latest).contains(&found),
