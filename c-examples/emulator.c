@@ -18,7 +18,10 @@
  *   stats         says what clients have done, and which threads did it
  *   quit          ends; so do the end of the input, SIGINT and SIGTERM
  *
- * Each is answered by a line that begins with "ok" or "failed".
+ * Each but the last is answered by a line that begins with "ok" or "failed". The
+ * status is 0 after quit and what is like it, and if somebody else unmounts the
+ * disk; 1 after a failure, 2 if the command line is wrong. Whatever KEY=VALUE
+ * says is set as a property of the export, so "io-uring=off" or "queues=4".
  *
  * How to read it: from top to bottom, a block node that knows nothing of loops;
  * the I/O threads, which know nothing of it; the driver between the two; and
@@ -30,6 +33,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -49,6 +53,7 @@
 #define MAX_LENGTH (UINT64_C(1) << 40)
 #define MAX_LAYERS 64
 #define MAX_THREADS 16
+#define MAX_QUEUES 16
 #define WORKERS 2
 
 /* ---- The block node: layers of files, copied on write ---- */
@@ -96,30 +101,24 @@ static int layer_of_range(uint64_t offset, uint64_t bytes)
     return layer;
 }
 
-static int push_layer(void)
+/* An empty one, to be put on top. */
+static int make_layer(struct layer *layer)
 {
-    struct layer *layer = &node.layers[node.count];
+    int error;
 
-    if (node.count == MAX_LAYERS)
-        return -EMLINK;
-    layer->has = (_Atomic uint8_t *)calloc(MAX_LENGTH / CLUSTER, 1);
-    if (!layer->has)
-        return -ENOMEM;
     layer->fd = open(".", O_RDWR | O_TMPFILE | O_CLOEXEC, 0600);
-    if (layer->fd < 0) {
-        int error = -errno;
-
-        free((void *)layer->has);
-        return error;
-    }
-    node.count++;
-    return 0;
+    if (layer->fd < 0)
+        return -errno;
+    layer->has = (_Atomic uint8_t *)calloc(MAX_LENGTH / CLUSTER, 1);
+    if (layer->has)
+        return 0;
+    error = -errno;
+    close(layer->fd);
+    return error;
 }
 
-static void pop_layer(void)
+static void free_layer(struct layer *layer)
 {
-    struct layer *layer = &node.layers[--node.count];
-
     close(layer->fd);
     free((void *)layer->has);
 }
@@ -186,7 +185,8 @@ static int node_read(char *buffer, uint64_t offset, uint64_t bytes)
     return 0;
 }
 
-/* Gives the top layer a cluster that it does not have, with the new bytes in it. */
+/* Gives the top layer a cluster that it does not have, with the new bytes in it.
+   Whoever reads the cluster meanwhile finds it where it was. */
 static int fill_cluster(const char *data, uint64_t offset, uint64_t bytes)
 {
     static char cluster[CLUSTER];
@@ -230,8 +230,9 @@ static int node_write(const char *data, uint64_t offset, uint64_t bytes)
 /* ---- I/O threads: an event loop each, and what it is asked to do ---- */
 
 struct call {
-    void (*function)(void *);
+    int (*function)(void *);
     void *argument;
+    int result;
     bool done;
 };
 
@@ -242,9 +243,9 @@ struct io_thread {
     pthread_mutex_t lock;
     pthread_cond_t finished;
     struct call *call; /* one at a time: only the main loop asks */
-    bool stopping;
+    _Atomic bool stopping;
     /* The queues that it runs; only the thread itself looks at them. */
-    struct blkfuse_queue *queues[MAX_THREADS];
+    struct blkfuse_queue *queues[MAX_QUEUES];
     int queue_count;
     _Atomic uint64_t requests; /* that it has begun */
 };
@@ -252,13 +253,28 @@ struct io_thread {
 static struct io_thread threads[MAX_THREADS];
 static int thread_count;
 static _Thread_local struct io_thread *this_thread;
+/* Whether blkfuse_queue_has_events() sees what comes. */
+static _Atomic bool can_look;
 
-static void add_queue(struct blkfuse_queue *queue)
+static int add_queue(struct blkfuse_queue *queue)
 {
     struct epoll_event event = { .events = EPOLLIN, .data.ptr = queue };
 
+    if (epoll_ctl(this_thread->epoll, EPOLL_CTL_ADD, blkfuse_queue_get_fd(queue), &event) < 0)
+        return -errno;
     this_thread->queues[this_thread->queue_count++] = queue;
-    epoll_ctl(this_thread->epoll, EPOLL_CTL_ADD, blkfuse_queue_get_fd(queue), &event);
+    return 0;
+}
+
+static bool has_queue(struct blkfuse_queue *queue)
+{
+    int i;
+
+    for (i = 0; i < this_thread->queue_count; i++) {
+        if (this_thread->queues[i] == queue)
+            return true;
+    }
+    return false;
 }
 
 static void remove_queue(struct blkfuse_queue *queue)
@@ -268,6 +284,8 @@ static void remove_queue(struct blkfuse_queue *queue)
     while (this_thread->queues[i] != queue)
         i++;
     this_thread->queues[i] = this_thread->queues[--this_thread->queue_count];
+    /* If the queue has gone with its export there is no descriptor any more, and
+       the epoll has forgotten it by itself: then this does nothing. */
     epoll_ctl(this_thread->epoll, EPOLL_CTL_DEL, blkfuse_queue_get_fd(queue), NULL);
 }
 
@@ -277,11 +295,12 @@ static void dispatch(struct blkfuse_queue *queue)
 {
     int more = blkfuse_queue_dispatch(queue, 16);
 
-    if (more == -ESHUTDOWN)
-        remove_queue(queue); /* it has ended */
-    else if (more < 0)
+    /* If there is more, the descriptor stays readable. */
+    if (more >= 0)
+        return;
+    if (more != -ESHUTDOWN) /* which is how a queue ends */
         fprintf(stderr, "emulator: %s\n", blkfuse_error_message());
-    /* What is more shows at the descriptor: it stays readable. */
+    remove_queue(queue);
 }
 
 static uint64_t now_ns(void)
@@ -294,7 +313,7 @@ static uint64_t now_ns(void)
 
 /* Waits awake for a moment, since to be woken takes longer than a request. It
    costs no system call but the offer of the CPU to whoever else needs it. */
-static bool poll_awake(struct io_thread *thread, uint64_t limit_ns)
+static bool wait_awake(struct io_thread *thread, uint64_t limit_ns)
 {
     uint64_t start = now_ns(), now = start, last;
 
@@ -325,21 +344,11 @@ static void run_call(struct io_thread *thread)
     pthread_mutex_unlock(&thread->lock);
     if (!call)
         return;
-    call->function(call->argument);
+    call->result = call->function(call->argument);
     pthread_mutex_lock(&thread->lock);
     call->done = true;
     pthread_cond_signal(&thread->finished);
     pthread_mutex_unlock(&thread->lock);
-}
-
-static bool is_stopping(struct io_thread *thread)
-{
-    bool stopping;
-
-    pthread_mutex_lock(&thread->lock);
-    stopping = thread->stopping;
-    pthread_mutex_unlock(&thread->lock);
-    return stopping;
 }
 
 static void *io_loop(void *thread_)
@@ -349,29 +358,33 @@ static void *io_loop(void *thread_)
     uint64_t patience = 0; /* how long to wait awake, in nanoseconds */
 
     this_thread = thread;
-    while (!is_stopping(thread) || thread->queue_count > 0) {
-        struct epoll_event events[MAX_THREADS + 1];
-        bool awake = patience > 0 && poll_awake(thread, patience);
-        uint64_t asleep = now_ns();
-        int i, count = epoll_wait(thread->epoll, events, MAX_THREADS + 1, awake ? 0 : -1);
+    while (!thread->stopping || thread->queue_count > 0) {
+        struct epoll_event events[MAX_QUEUES + 1];
+        bool awake = patience > 0 && can_look && wait_awake(thread, patience);
+        uint64_t since = now_ns(), asleep;
+        bool called = false;
+        int i, count = epoll_wait(thread->epoll, events, MAX_QUEUES + 1, awake ? 0 : -1);
 
         /* Requests that come close upon each other are worth waiting for. */
-        asleep = now_ns() - asleep;
+        asleep = now_ns() - since;
         patience = awake || asleep < 2 * longest ? longest : patience / 2;
         for (i = 0; i < count; i++) {
             if (events[i].data.ptr)
                 dispatch((struct blkfuse_queue *)events[i].data.ptr);
             else
-                run_call(thread);
+                called = true;
         }
+        /* Last, for it may take a queue away of which there was an event. */
+        if (called)
+            run_call(thread);
     }
     return NULL;
 }
 
-/* Has a thread do something in between, and waits for it. */
-static void call_in(struct io_thread *thread, void (*function)(void *), void *argument)
+/* Has a thread do something in between, waits for it, and returns its result. */
+static int call_in(struct io_thread *thread, int (*function)(void *), void *argument)
 {
-    struct call call = { function, argument, false };
+    struct call call = { function, argument, 0, false };
 
     pthread_mutex_lock(&thread->lock);
     thread->call = &call;
@@ -379,6 +392,7 @@ static void call_in(struct io_thread *thread, void (*function)(void *), void *ar
     while (!call.done)
         pthread_cond_wait(&thread->finished, &thread->lock);
     pthread_mutex_unlock(&thread->lock);
+    return call.result;
 }
 
 static int start_threads(int count)
@@ -399,15 +413,13 @@ static int start_threads(int count)
     return 0;
 }
 
-/* Returns when they have no queues any more. */
+/* Returns when they have no queues any more: not before the disk has gone. */
 static void stop_threads(void)
 {
     int i;
 
     for (i = 0; i < thread_count; i++) {
-        pthread_mutex_lock(&threads[i].lock);
         threads[i].stopping = true;
-        pthread_mutex_unlock(&threads[i].lock);
         eventfd_write(threads[i].wake, 1);
         pthread_join(threads[i].thread, NULL);
         close(threads[i].epoll);
@@ -514,6 +526,13 @@ static void note(_Atomic bool *what)
     eventfd_write(notice.wake, 1);
 }
 
+/* It cannot go on. */
+static void give_up(void)
+{
+    notice.failed = true;
+    note(&notice.ended);
+}
+
 static int64_t driver_length(void *opaque)
 {
     (void)opaque;
@@ -562,14 +581,14 @@ static void driver_idle(void *opaque)
 
 static void driver_event(void *opaque, uint32_t event, int error, const char *message)
 {
-    (void)opaque;
-    if (event == BLKFUSE_EVENT_HALTED) {
-        fprintf(stderr, "emulator: %s (%s)\n", message, strerror(-error));
-        notice.failed = true;
-    }
+    (void)opaque, (void)error;
     /* A callback cannot delete the export; the main loop can. */
-    if (event != BLKFUSE_EVENT_STARTED)
+    if (event == BLKFUSE_EVENT_HALTED) {
+        fprintf(stderr, "emulator: %s\n", message);
+        give_up();
+    } else if (event == BLKFUSE_EVENT_UNMOUNTED) {
         note(&notice.ended);
+    }
 }
 
 static void driver_deleted(void *opaque)
@@ -581,14 +600,9 @@ static void driver_deleted(void *opaque)
 /* ---- The main loop's part: what it does to a disk that is in use ---- */
 
 static struct blkfuse_export *disk;
-static struct blkfuse_queue *queues[MAX_THREADS];
+static struct blkfuse_queue *queues[MAX_QUEUES];
+static struct io_thread *homes[MAX_QUEUES]; /* which thread runs which queue */
 static uint64_t queue_count;
-static int first_thread; /* which one runs queue 0; the others follow */
-
-static struct io_thread *thread_of(uint64_t queue)
-{
-    return &threads[((uint64_t)first_thread + queue) % (uint64_t)thread_count];
-}
 
 static void wait_for_notice(void)
 {
@@ -598,13 +612,21 @@ static void wait_for_notice(void)
         ;
 }
 
-/* From here until drained_end() no callback runs, and clients wait. */
-static void drained_begin(void)
+static bool failed(const char *why)
 {
-    blkfuse_export_drain_begin(disk);
+    printf("failed: %s\n", why);
+    return false;
+}
+
+/* If it succeeds, no callback runs and clients wait until drained_end(). */
+static bool drained_begin(void)
+{
+    if (blkfuse_export_drain_begin(disk) < 0)
+        return failed(blkfuse_error_message());
     /* The I/O threads go on, for what is in flight needs them. */
     while (blkfuse_export_drain_poll(disk) > 0)
         wait_for_notice(); /* for driver_idle() */
+    return true;
 }
 
 static void drained_end(void)
@@ -612,93 +634,140 @@ static void drained_end(void)
     blkfuse_export_drain_end(disk);
 }
 
-static void attach(void *queue)
+/* In the I/O thread that is to run the queue from now on. */
+static int attach(void *queue_)
 {
-    int error = blkfuse_queue_attach((struct blkfuse_queue *)queue);
+    struct blkfuse_queue *queue = (struct blkfuse_queue *)queue_;
+    /* At first: what can fail must not fail when the thread is attached. */
+    int error = add_queue(queue);
 
-    if (error == 0) {
-        add_queue((struct blkfuse_queue *)queue);
-    } else if (error != -ESHUTDOWN) { /* which is no failure: it has ended */
-        fprintf(stderr, "emulator: %s\n", blkfuse_error_message());
-        notice.failed = true;
-        note(&notice.ended);
+    if (error < 0) {
+        fprintf(stderr, "emulator: epoll: %s\n", strerror(-error));
+        return error;
     }
+    error = blkfuse_queue_attach(queue);
+    if (error < 0) {
+        if (error != -ESHUTDOWN)
+            fprintf(stderr, "emulator: %s\n", blkfuse_error_message());
+        remove_queue(queue);
+    }
+    /* A queue that has ended, with its disk, needs nobody. */
+    return error == -ESHUTDOWN ? 0 : error;
 }
 
-static void detach(void *queue)
+/* In the I/O thread that runs the queue, in a drain. */
+static int detach(void *queue_)
 {
-    int i;
+    struct blkfuse_queue *queue = (struct blkfuse_queue *)queue_;
+    int error;
 
-    /* It may have ended meanwhile, and is then not among this thread's. */
-    for (i = 0; i < this_thread->queue_count; i++) {
-        if (this_thread->queues[i] == queue) {
-            remove_queue((struct blkfuse_queue *)queue);
-            if (blkfuse_queue_detach((struct blkfuse_queue *)queue) < 0)
-                fprintf(stderr, "emulator: %s\n", blkfuse_error_message());
-            return;
-        }
-    }
+    if (!has_queue(queue))
+        return 0; /* it has ended meanwhile */
+    error = blkfuse_queue_detach(queue);
+    if (error < 0)
+        fprintf(stderr, "emulator: %s\n", blkfuse_error_message());
+    else
+        remove_queue(queue);
+    return error;
+}
+
+static int move_queue(uint64_t i)
+{
+    struct io_thread *next = &threads[(homes[i] - threads + 1) % thread_count];
+    int error = call_in(homes[i], detach, queues[i]);
+
+    if (error < 0)
+        return error;
+    error = call_in(next, attach, queues[i]);
+    if (error == 0)
+        homes[i] = next;
+    /* Clients wait for ever for a queue without a thread. */
+    else if (call_in(homes[i], attach, queues[i]) < 0)
+        give_up();
+    return error;
 }
 
 static void move(void)
 {
     uint64_t i;
+    int error = 0;
 
-    drained_begin();
-    for (i = 0; i < queue_count; i++)
-        call_in(thread_of(i), detach, queues[i]);
-    first_thread = (first_thread + 1) % thread_count;
-    for (i = 0; i < queue_count; i++)
-        call_in(thread_of(i), attach, queues[i]);
+    if (!drained_begin())
+        return;
+    for (i = 0; i < queue_count && error == 0; i++)
+        error = move_queue(i);
     drained_end();
-    printf("ok queue 0 runs in thread %d\n", first_thread);
+    if (error < 0)
+        failed(strerror(-error));
+    else
+        printf("ok queue 0 runs in thread %d\n", (int)(homes[0] - threads));
 }
 
 static void snapshot(void)
 {
-    int error;
+    struct layer layer;
+    int error = node.count < MAX_LAYERS ? make_layer(&layer) : -EMLINK;
 
-    drained_begin();
-    error = fdatasync(node.layers[top_layer()].fd) < 0 ? -errno : push_layer();
-    drained_end();
-    if (error < 0)
-        printf("failed: %s\n", strerror(-error));
+    if (error < 0) {
+        failed(strerror(-error));
+        return;
+    }
+    if (!drained_begin()) {
+        free_layer(&layer);
+        return;
+    }
+    /* A flush goes to the top layer only; so what is below it has had its own. */
+    if (fdatasync(node.layers[top_layer()].fd) < 0)
+        error = -errno;
     else
+        node.layers[node.count++] = layer;
+    drained_end();
+    if (error < 0) {
+        free_layer(&layer);
+        failed(strerror(-error));
+    } else {
         printf("ok %d layers\n", node.count);
+    }
 }
 
+/* What clients have mapped into their memory stays there; all else that they read
+   comes from here. */
 static void revert(void)
 {
-    int error;
+    struct layer layer, old;
+    int error = make_layer(&layer);
 
-    drained_begin();
-    pop_layer();
-    error = push_layer();
-    drained_end();
-    if (error < 0)
-        printf("failed: %s\n", strerror(-error));
-    else
-        printf("ok\n");
     if (error < 0) {
-        notice.failed = true; /* there is nowhere to write to */
-        note(&notice.ended);
+        failed(strerror(-error));
+        return;
     }
+    if (!drained_begin()) {
+        free_layer(&layer);
+        return;
+    }
+    old = node.layers[top_layer()];
+    node.layers[top_layer()] = layer;
+    drained_end();
+    free_layer(&old);
+    printf("ok %d layers\n", node.count);
 }
 
 static void resize(const char *bytes)
 {
     char *end;
-    uint64_t length = strtoull(bytes, &end, 10);
+    uint64_t before = node.length, length = strtoull(bytes, &end, 10);
 
-    if (end == bytes || *end || length < node.length || length > MAX_LENGTH) {
-        printf("failed: a disk can only become longer, up to %" PRIu64 " bytes\n", MAX_LENGTH);
+    if (end == bytes || *end || length < before || length > MAX_LENGTH) {
+        printf("failed: from %" PRIu64 " to %" PRIu64 " bytes it can be\n", before, MAX_LENGTH);
         return;
     }
     node.length = length;
-    if (blkfuse_export_resized(disk) < 0)
-        printf("failed: %s\n", blkfuse_error_message());
-    else
-        printf("ok %" PRIu64 " bytes\n", length);
+    if (blkfuse_export_resized(disk) < 0) {
+        node.length = before;
+        failed(blkfuse_error_message());
+        return;
+    }
+    printf("ok %" PRIu64 " bytes\n", length);
 }
 
 static void stats(void)
@@ -707,7 +776,7 @@ static void stats(void)
     int i;
 
     if (blkfuse_export_get_stats(disk, &stats, sizeof(stats)) < 0) {
-        printf("failed: %s\n", blkfuse_error_message());
+        failed(blkfuse_error_message());
         return;
     }
     printf("ok %" PRIu64 " reads, %" PRIu64 " writes; by thread:", stats.read.operations,
@@ -733,7 +802,7 @@ static bool obey(const char *command)
     else if (strcmp(command, "quit") == 0)
         return false;
     else
-        printf("failed: no such command\n");
+        failed("no such command");
     fflush(stdout);
     return true;
 }
@@ -747,7 +816,7 @@ static bool read_commands(void)
     char *line = buffer, *end;
 
     if (n <= 0)
-        return n < 0 && errno == EINTR;
+        return n < 0 && (errno == EINTR || errno == EAGAIN);
     used += (size_t)n;
     while ((end = (char *)memchr(line, '\n', used - (size_t)(line - buffer)))) {
         *end = '\0';
@@ -757,33 +826,31 @@ static bool read_commands(void)
     }
     used -= (size_t)(line - buffer);
     memmove(buffer, line, used);
-    return used < sizeof(buffer);
+    if (used == sizeof(buffer)) { /* it can be none of the commands */
+        used = 0;
+        return obey("");
+    }
+    return true;
 }
 
 static void main_loop(int signals)
 {
-    int epoll = epoll_create1(EPOLL_CLOEXEC), i;
-    int sources[] = { STDIN_FILENO, signals, notice.wake };
-    bool on = epoll >= 0;
+    bool on = true;
 
-    for (i = 0; on && i < 3; i++) {
-        struct epoll_event event = { .events = EPOLLIN, .data.fd = sources[i] };
-
-        on = epoll_ctl(epoll, EPOLL_CTL_ADD, sources[i], &event) == 0;
-    }
     while (on && !notice.ended) {
-        struct epoll_event event;
+        struct pollfd fds[] = { { .fd = notice.wake, .events = POLLIN },
+                                { .fd = signals, .events = POLLIN },
+                                { .fd = STDIN_FILENO, .events = POLLIN } };
 
-        if (epoll_wait(epoll, &event, 1, -1) < 1)
-            continue;
-        if (event.data.fd == STDIN_FILENO)
-            on = read_commands();
-        else if (event.data.fd == signals)
+        if (poll(fds, 3, -1) < 0)
+            continue; /* it was interrupted */
+        if (fds[0].revents)
+            wait_for_notice(); /* which does not wait now */
+        else if (fds[1].revents)
             on = false;
         else
-            wait_for_notice();
+            on = read_commands();
     }
-    close(epoll);
 }
 
 /* ---- From the beginning to the end ---- */
@@ -799,15 +866,18 @@ static int open_base(const char *path)
     struct stat status;
     int error;
 
+    node.count = 1;
     node.layers[0].fd = open(path, O_RDONLY | O_CLOEXEC);
     if (node.layers[0].fd < 0 || fstat(node.layers[0].fd, &status) < 0)
         return fail(path, strerror(errno));
-    if ((uint64_t)status.st_size > MAX_LENGTH)
-        return fail(path, "more than 1 TiB");
+    if (!S_ISREG(status.st_mode) || (uint64_t)status.st_size > MAX_LENGTH)
+        return fail(path, "not a regular file of at most 1 TiB");
     node.length = (uint64_t)status.st_size;
-    node.count = 1;
-    error = push_layer();
-    return error < 0 ? fail("a file to write to, in this directory", strerror(-error)) : 0;
+    error = make_layer(&node.layers[1]);
+    if (error < 0)
+        return fail("a file to write to, in this directory", strerror(-error));
+    node.count = 2;
+    return 0;
 }
 
 static int configure(const char *file, int count, char **settings)
@@ -815,7 +885,6 @@ static int configure(const char *file, int count, char **settings)
     int i;
 
     if (blkfuse_export_set_str(disk, "mountpoint", file) < 0 ||
-        blkfuse_export_set_str(disk, "threads", "host") < 0 ||
         blkfuse_export_set_u64(disk, "queues", (uint64_t)thread_count) < 0 ||
         blkfuse_export_set_bool(disk, "writable", true) < 0)
         return -1;
@@ -827,12 +896,14 @@ static int configure(const char *file, int count, char **settings)
         if (blkfuse_export_set_str(disk, settings[i], value ? value : "on") < 0)
             return -1;
     }
-    return 0;
+    /* The last word: the driver counts on its threads being these. */
+    return blkfuse_export_set_str(disk, "threads", "host");
 }
 
 static int start_disk(const char *file, int count, char **settings)
 {
     struct blkfuse_driver_ops ops;
+    char transport[16];
     uint64_t i;
 
     blkfuse_driver_ops_init(&ops);
@@ -849,17 +920,21 @@ static int start_disk(const char *file, int count, char **settings)
     if (configure(file, count, settings) < 0 || blkfuse_export_start(disk) < 0 ||
         blkfuse_export_get_u64(disk, "queues", &queue_count) < 0)
         return fail("cannot start the export", blkfuse_error_message());
-    if (queue_count > MAX_THREADS)
-        return fail("queues", "more than this program has threads for");
+    if (queue_count > MAX_QUEUES)
+        return fail("queues", "this program can run no more than 16");
+    can_look = blkfuse_export_get_str(disk, "transport", transport, sizeof(transport)) > 0 &&
+               strcmp(transport, "io_uring") == 0;
     /* The file is there; clients wait until each queue has its thread. */
     for (i = 0; i < queue_count; i++) {
         queues[i] = blkfuse_export_get_queue(disk, (uint32_t)i);
-        call_in(thread_of(i), attach, queues[i]);
+        homes[i] = &threads[i % (uint64_t)thread_count];
+        if (call_in(homes[i], attach, queues[i]) < 0)
+            return -1; /* said */
     }
     return 0;
 }
 
-/* The I/O threads must go on until their queues have ended. */
+/* The I/O threads go on: they are needed until their queues have ended. */
 static void end_disk(void)
 {
     if (!disk)
@@ -869,16 +944,23 @@ static void end_disk(void)
         wait_for_notice();
 }
 
+static int usage(void)
+{
+    fprintf(stderr, "usage: emulator BASE FILE [THREADS [KEY=VALUE]...]\n"
+                    "THREADS is a number from 1 to 16; 2 if not given\n");
+    return 2;
+}
+
 int main(int argc, char **argv)
 {
     sigset_t set;
-    int signals, count = argc > 3 ? atoi(argv[3]) : 2;
+    char *end = NULL;
+    long count = argc > 3 ? strtol(argv[3], &end, 10) : 2;
     bool started = false;
+    int signals;
 
-    if (argc < 3 || count < 1 || count > MAX_THREADS) {
-        fprintf(stderr, "usage: emulator BASE FILE [THREADS [KEY=VALUE]...]\n");
-        return 2;
-    }
+    if (argc < 3 || count < 1 || count > MAX_THREADS || (end && *end))
+        return usage();
     /* Before there are threads, so that all of them block these signals. */
     sigemptyset(&set);
     sigaddset(&set, SIGINT);
@@ -887,10 +969,12 @@ int main(int argc, char **argv)
     signals = signalfd(-1, &set, SFD_CLOEXEC);
     notice.wake = eventfd(0, EFD_CLOEXEC);
 
-    if (signals < 0 || notice.wake < 0 || open_base(argv[1]) < 0) {
+    if (signals < 0 || notice.wake < 0) {
+        fail("its descriptors", strerror(errno));
+    } else if (open_base(argv[1]) < 0) {
         /* said */
-    } else if (start_threads(count) < 0 || start_workers() < 0) {
-        fail("threads", "cannot start them");
+    } else if (start_threads((int)count) < 0 || start_workers() < 0) {
+        fail("its threads", "cannot start them");
     } else if (start_disk(argv[2], argc > 4 ? argc - 4 : 0, argv + 4) == 0) {
         started = true;
         printf("ok %s is a disk of %" PRIu64 " bytes\n", argv[2], (uint64_t)node.length);
@@ -901,6 +985,6 @@ int main(int argc, char **argv)
     stop_threads();
     stop_workers();
     while (node.count > 1)
-        pop_layer();
+        free_layer(&node.layers[--node.count]);
     return started && !notice.failed ? 0 : 1;
 }

@@ -70,6 +70,40 @@ pub enum Dispatched {
 /// It is valid as long as this handle, or a copy of it, is. Over /dev/fuse a
 /// thread's sleep may end with EINTR without a signal, if the driver forwards
 /// requests.
+///
+/// A loop that does nothing but that:
+///
+/// ```no_run
+/// use std::os::fd::AsFd;
+///
+/// use blkfuse::{Dispatched, Export, HostQueue, Threads};
+/// use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+///
+/// fn io_thread(queue: &HostQueue) -> blkfuse::Result<()> {
+///     queue.attach()?;
+///     loop {
+///         match queue.dispatch(0)? {
+///             Dispatched::More => {}
+///             Dispatched::Idle => {
+///                 let mut fds = [PollFd::new(queue.as_fd(), PollFlags::POLLIN)];
+///                 let _ = poll(&mut fds, PollTimeout::NONE); // interrupted, it looks again
+///             }
+///             Dispatched::Ended => return Ok(()),
+///         }
+///     }
+/// }
+///
+/// # fn run(driver: impl blkfuse::BlockDriver) -> blkfuse::Result<()> {
+/// let builder = Export::builder(driver).mountpoint("disk");
+/// let export = builder.threads(Threads::Host).queues(1).start()?;
+/// let queue = export.queue(0).expect("it has one").clone();
+/// let thread = std::thread::spawn(move || io_thread(&queue));
+/// // ... the file is there; clients wait until the thread is ...
+/// export.delete(None)?; // the thread ends with it
+/// thread.join().expect("it does not panic")?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 pub struct HostQueue(Arc<Inner>);
 

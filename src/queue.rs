@@ -49,6 +49,8 @@ pub(crate) struct Queue<T> {
     in_flight: usize,
     wants_requests: bool,
     in_batch: bool,
+    /// Whether the driver is told of batches: it knows of this thread.
+    tells_batches: bool,
     /// The connection has ended or the transport is broken.
     ended: bool,
     polling: Polling,
@@ -170,6 +172,15 @@ impl<T: Transport> Queue<T> {
         queue
     }
 
+    /// For a thread that the driver has not been told of: no queue_start came,
+    /// so nothing else of a queue's may.
+    pub(crate) fn unannounced(self) -> Self {
+        Self {
+            tells_batches: false,
+            ..self
+        }
+    }
+
     /// One that nobody knows of.
     fn idle(
         index: usize,
@@ -190,6 +201,7 @@ impl<T: Transport> Queue<T> {
             in_flight: 0,
             wants_requests: true,
             in_batch: false,
+            tells_batches: true,
             ended: false,
             polling: Polling::default(),
             is_shown: false,
@@ -210,7 +222,9 @@ impl<T: Transport> Queue<T> {
         let progress = self.run(budget);
         if self.in_batch {
             self.in_batch = false;
-            self.control.hook(|h| h.batch_end(self.index));
+            if self.tells_batches {
+                self.control.hook(|h| h.batch_end(self.index));
+            }
             self.leave();
         }
         // Whoever is idle waits next, which sends as well.
@@ -397,7 +411,9 @@ impl<T: Transport> Queue<T> {
             self.in_batch = true;
             // Until the batch's end has been told the queue is not idle.
             self.control.requests.enter_again(self.index);
-            self.control.hook(|h| h.batch_begin(self.index));
+            if self.tells_batches {
+                self.control.hook(|h| h.batch_begin(self.index));
+            }
         }
         self.in_flight += 1;
         let answered = self.tasks.start(slot);

@@ -789,7 +789,10 @@ impl<D: BlockDriver> QueueStarter<D> {
         let wakeups = self.wakeups.clone();
         let make_tasks = self.task_maker();
         let (tasks, port) = make_tasks();
-        let queue = Queue::new(info.index, control, wakeups, transport, tasks, port);
+        let mut queue = Queue::new(info.index, control, wakeups, transport, tasks, port);
+        if started.is_none() {
+            queue = queue.unannounced();
+        }
         let _ = report.send(Ok(refused));
         let queue = serve_queue(queue, orders);
         drop(started);

@@ -15,9 +15,10 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use blkfuse::Threads;
 use common::checked::{SANITIZE, Sanitizers, valgrind};
 use common::{SOON, Watchdog, eventually, is_mounted, pattern, skip};
-use compiled::{C, CXX, Linking, PATIENCE, Running, Workshop, try_test};
+use compiled::{C, CXX, Linking, PATIENCE, Running, Workshop, try_test, try_test_with};
 
 fn fallocate(file: &File, mode: i32, offset: i64, len: i64) {
     // SAFETY: fallocate touches no memory.
@@ -125,6 +126,17 @@ fn c_test(name: &str) {
     }
 }
 
+/// The same, and once more with threads of the test's own for the queues.
+fn c_test_of_both_threads(name: &str) {
+    c_test(name);
+    let workshop = Workshop::new();
+    let source = format!("tests/c/{name}.c");
+    if let Some(program) = workshop.build("gcc", C, &source, Linking::Shared) {
+        try_test_with(&workshop, &program, &[], Threads::Host);
+    }
+}
+
+// It starts nothing, so it is nobody's threads.
 #[test]
 fn arguments_are_checked() {
     c_test("arguments");
@@ -132,19 +144,21 @@ fn arguments_are_checked() {
 
 #[test]
 fn calls_at_the_wrong_time_are_refused_and_failed_starts_can_be_repeated() {
-    c_test("states");
+    c_test_of_both_threads("states");
 }
 
 #[test]
 fn requests_end_once_whenever_and_wherever_they_are_completed() {
-    c_test("completion");
+    c_test_of_both_threads("completion");
 }
 
 #[test]
 fn forwarded_requests_end_once_and_with_the_right_bytes() {
-    c_test("forward");
+    c_test_of_both_threads("forward");
 }
 
+// It has queue_start called within blkfuse_export_start(), as only the library's
+// threads do. What callbacks may do in the host's threads, loops.c says.
 #[test]
 fn callbacks_cannot_wait_for_themselves() {
     c_test("reentrancy");
@@ -152,17 +166,42 @@ fn callbacks_cannot_wait_for_themselves() {
 
 #[test]
 fn the_kernel_reads_a_backing_file_by_itself() {
-    c_test("passthrough");
+    c_test_of_both_threads("passthrough");
 }
 
 #[test]
 fn the_log_goes_where_it_was_sent() {
-    c_test("log");
+    c_test_of_both_threads("log");
 }
 
 #[test]
 fn drains_under_load_end_by_the_idle_hook() {
-    c_test("drain");
+    c_test_of_both_threads("drain");
+}
+
+// Its queues are always its own threads', as are those of the next one.
+#[test]
+fn queues_are_run_by_the_right_thread_at_the_right_time() {
+    c_test("loops");
+}
+
+#[test]
+fn a_glib_loop_serves() {
+    let workshop = Workshop::new();
+    let flags = Command::new("pkg-config")
+        .args(["--cflags", "--libs", "glib-2.0"])
+        .output();
+    let Some(flags) = flags.ok().filter(|output| output.status.success()) else {
+        return skip("there is no glib-2.0");
+    };
+    let flags = String::from_utf8(flags.stdout).unwrap();
+    let flags: Vec<_> = flags.split_whitespace().collect();
+    for (compiler, linking) in [("gcc", Linking::Shared), ("clang", Linking::Static)] {
+        let source = "tests/c/glib.c";
+        if let Some(program) = workshop.build_with(compiler, C, source, linking, &flags) {
+            try_test(&workshop, &program, &[]);
+        }
+    }
 }
 
 #[test]

@@ -2,10 +2,10 @@
 # ThreadSanitizer on the library inside the C examples that have threads, or for
 # which it makes some. fio and dd load the disk of each, over both transports
 # where root has enabled the second; async's is drained meanwhile, again and
-# again; and each example ends in the middle of a load. Any report fails.
+# again, and emulator's is moved, frozen and made longer; and each example ends in the middle of a load. Any report fails.
 # (plugin.c has no threads: those that call it are blkfused's.)
 #
-#   tests/tsan.sh [EXAMPLE]...      # all, if none is named: async raw nbd ramdisk
+#   tests/tsan.sh [EXAMPLE]...      # all, if none is named: async raw nbd ramdisk emulator
 #
 # Needs root, clang, llvm-symbolizer, fio, libnbd, nbdkit, and a nightly
 # toolchain with rust-src. Installs nothing; leaves nothing running and nothing
@@ -26,9 +26,9 @@ target=x86_64-unknown-linux-gnu
 # Rust's own: clang's may be too old for what rustc generates.
 runtime=$rust/lib/rustlib/$target/lib/librustc-nightly_rt.tsan.a
 [ -f "$runtime" ] || die "the nightly toolchain has no ThreadSanitizer for $target"
-[ $# -gt 0 ] || set -- async raw nbd ramdisk
+[ $# -gt 0 ] || set -- async raw nbd ramdisk emulator
 
-build=${CARGO_TARGET_DIR:-target}/tsan
+build=$(realpath -m "${CARGO_TARGET_DIR:-target}/tsan")
 # Reports need no more of what there is for debuggers.
 RUSTFLAGS=-Zsanitizer=thread CARGO_PROFILE_DEV_DEBUG=line-tables-only \
 	cargo +nightly build -q -Zbuild-std=std --target $target \
@@ -98,8 +98,22 @@ drain_during() { # pid
 	done
 }
 
+# Has emulator do what it can while a process runs.
+command_during() { # pid
+	local command answers=1 length=$((64 << 20)) end=$((SECONDS + 60))
+	while kill -0 "$1" 2>/dev/null; do
+		for command in move snapshot move stats resize; do
+			[ $SECONDS -lt $end ] || failed "a client hangs"
+			[ $command != resize ] || command="resize $((length += 4096))"
+			echo "$command" >&"$commands"
+			answers=$((answers + 1))
+			await_that 30 "'$command' has no answer" "[ \$(wc -l <'$work/out') -ge $answers ]"
+		done
+	done
+}
+
 run() { # example, transport, queues
-	local example=$1 uring=io-uring=$2 queues=$3 race=
+	local example=$1 uring=io-uring=$2 queues=$3 race= input=/dev/null commands
 	echo "tsan: $example, io-uring=$2, $queues queue(s)"
 	: >"$work/disk"
 	case $example in
@@ -115,6 +129,14 @@ run() { # example, transport, queues
 		truncate -s 64M "$work/image"
 		set -- "$work/image" "$work/disk" "queues=$queues" writable=on "$uring"
 		;;
+	emulator)
+		truncate -s 64M "$work/image"
+		mkfifo "$work/commands"
+		# Open for both, so that its input does not end with a command's writer.
+		exec {commands}<>"$work/commands"
+		input=$work/commands
+		set -- "$work/image" "$work/disk" 2 "queues=$queues" "$uring"
+		;;
 	nbd)
 		rm -f "$work"/{listens,socket}
 		nbdkit -f -U "$work/socket" -P "$work/listens" memory 64M &
@@ -126,9 +148,9 @@ run() { # example, transport, queues
 	# The order of clients' accesses to the same bytes of the disk passes through
 	# the kernel, where ThreadSanitizer does not see it.
 	echo "${race:+race:^$race\$}" >"$work/suppressions"
-	"$build/$example" "$@" >"$work/out" 2>&1 &
+	(cd "$work" && exec "$build/$example" "$@" <"$input" >out 2>&1) &
 	host=$!
-	await_that 30 "$example does not start" "grep -q 'until this ends' '$work/out'"
+	await_that 30 "$example does not start" "grep -Eq 'until this ends|is a disk of' '$work/out'"
 
 	# Each job has a region of its own; the last one runs into the end.
 	fio --name=load --filename="$work/disk" --size=12M --offset_increment=12M --numjobs=4 \
@@ -139,6 +161,7 @@ run() { # example, transport, queues
 	dd if=/dev/urandom of="$work/disk" bs=1M seek=50 count=8 oflag=direct conv=notrunc status=none &
 	clients+=($!)
 	[ $example != async ] || drain_during "${clients[0]}"
+	[ $example != emulator ] || command_during "${clients[0]}"
 	for pid in "${clients[@]}"; do
 		await "$pid" 60 "a client" || failed "a client failed"
 	done
@@ -156,6 +179,12 @@ run() { # example, transport, queues
 	! grep -q " $work/disk " /proc/mounts || failed "$example has left its disk mounted"
 	[ $example != async ] ||
 		echo "tsan: $(grep -c drained "$work/out") drains and $(grep drained "$work/out" | tail -1 | cut -d' ' -f3-)"
+	if [ $example = emulator ]; then
+		exec {commands}>&-
+		rm "$work/commands"
+		! grep -Ev '^ok |^failed: Too many links' "$work/out" || failed "emulator has failed"
+		echo "tsan: $(grep -c 'runs in thread' "$work/out") moves"
+	fi
 	[ -z "$server" ] || kill $server
 	server=
 }
@@ -167,7 +196,7 @@ for example in "$@"; do
 	# It takes no properties: the transport is what comes of itself.
 	[ $example != ramdisk ] || over=(auto)
 	for transport in "${over[@]}"; do
-		[ $example != async ] || run $example $transport 1
+		[[ $example != @(async|emulator) ]] || run $example $transport 1
 		run $example $transport 4
 	done
 done

@@ -125,7 +125,7 @@ static struct blkfuse_export *forwarding(const char *transport)
     struct blkfuse_export *export_ = created(&ops, NULL);
 
     CHECK(blkfuse_export_set_str(export_, "io-uring", transport) == 0);
-    CHECK(blkfuse_export_start(export_) == 0);
+    CHECK(start(export_) == 0);
     CHECK(pwrite(image, content, SIZE, START) == SIZE);
     target = image;
     manner = NOW;
@@ -340,7 +340,7 @@ static void from_another_thread(const char *transport)
     ops.read = queue_read;
     export_ = created(&ops, NULL);
     CHECK(blkfuse_export_set_str(export_, "io-uring", transport) == 0);
-    CHECK(blkfuse_export_start(export_) == 0);
+    CHECK(start(export_) == 0);
     CHECK(pwrite(image, content, SIZE, START) == SIZE);
     work.ends = false;
     CHECK(pthread_create(&worker, NULL, worker_main, NULL) == 0);

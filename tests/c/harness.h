@@ -2,7 +2,8 @@
  * harness.h - what the C tests share: checks, a watchdog that leaves nothing
  * mounted, and a device in memory.
  *
- * A test is called as TEST MOUNTPOINT QUEUES.
+ * A test is called as TEST MOUNTPOINT QUEUES. If BLKFUSE_TEST_THREADS is "host",
+ * the queues of what start() starts are run by threads of the test's own.
  */
 #ifndef HARNESS_H
 #define HARNESS_H
@@ -10,6 +11,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -200,12 +202,61 @@ MAYBE_UNUSED static struct blkfuse_export *created(const struct blkfuse_driver_o
     return export_;
 }
 
+/* ---- Threads for its queues, if they are to be ours ---- */
+
+static int loops_begun;
+static struct flag loops_ended = FLAG;
+
+static void *loop_main(void *queue_)
+{
+    struct blkfuse_queue *queue = (struct blkfuse_queue *)queue_;
+    struct pollfd fd = { blkfuse_queue_get_fd(queue), POLLIN, 0 };
+    int result = blkfuse_queue_attach(queue);
+
+    /* The export may have ended before the thread came. */
+    CHECK(result == 0 || result == -ESHUTDOWN);
+    while (result != -ESHUTDOWN) {
+        result = blkfuse_queue_dispatch(queue, 0);
+        CHECK(result == 0 || result == 1 || result == -ESHUTDOWN);
+        if (result == 0)
+            CHECK(poll(&fd, 1, -1) >= 0 || errno == EINTR);
+    }
+    flag_add(&loops_ended);
+    return NULL;
+}
+
+/* As blkfuse_export_start(). */
+MAYBE_UNUSED static int start(struct blkfuse_export *export_)
+{
+    const char *whose = getenv("BLKFUSE_TEST_THREADS");
+    bool hosts = whose != NULL && strcmp(whose, "host") == 0;
+    uint64_t count = 0, i;
+    int result;
+
+    if (hosts)
+        CHECK(blkfuse_export_set_str(export_, "threads", "host") == 0);
+    result = blkfuse_export_start(export_);
+    if (!hosts || result < 0)
+        return result;
+    CHECK(blkfuse_export_get_u64(export_, "queues", &count) == 0);
+    for (i = 0; i < count; i++) {
+        struct blkfuse_queue *queue = blkfuse_export_get_queue(export_, (uint32_t)i);
+        pthread_t thread;
+
+        CHECK(queue != NULL);
+        CHECK(pthread_create(&thread, NULL, loop_main, queue) == 0);
+        CHECK(pthread_detach(thread) == 0);
+        loops_begun++;
+    }
+    return 0;
+}
+
 MAYBE_UNUSED static struct blkfuse_export *started(const struct blkfuse_driver_ops *ops,
                                                    void *opaque)
 {
     struct blkfuse_export *export_ = created(ops, opaque);
 
-    CHECK(blkfuse_export_start(export_) == 0);
+    CHECK(start(export_) == 0);
     return export_;
 }
 
@@ -230,6 +281,7 @@ MAYBE_UNUSED static void finished(struct blkfuse_export *export_)
 
     CHECK(blkfuse_export_delete_wait(&export_, 10000) == 0);
     CHECK(export_ == NULL);
+    flag_wait(&loops_ended, loops_begun);
     CHECK(flag_get(&deleted) == before + 1);
     CHECK(!is_mounted());
 }

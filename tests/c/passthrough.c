@@ -52,7 +52,7 @@ int main(int argc, char **argv)
 
     ops.struct_size = sizeof(ops);
     export_ = wanting(&ops, &image);
-    CHECK(blkfuse_export_start(export_) == 0);
+    CHECK(start(export_) == 0);
     CHECK(blkfuse_export_get_bool(export_, "passthrough", &passthrough) == 0 && passthrough);
     fd = open_file(O_RDONLY);
     CHECK(pread(fd, buffer, sizeof(buffer), SIZE - 5) == 5 && memcmp(buffer, "image", 5) == 0);

@@ -61,7 +61,7 @@ static void starts_that_fail(void)
     CHECK(blkfuse_export_set_bool(export_, "growable", true) == 0);
     REFUSED(blkfuse_export_start(export_), EINVAL); /* and not writable */
     CHECK(blkfuse_export_set_bool(export_, "growable", false) == 0);
-    CHECK(blkfuse_export_start(export_) == 0);
+    CHECK(start(export_) == 0);
     fd = open_file(O_RDONLY);
     CHECK(pread(fd, buffer, sizeof(buffer), 0) == sizeof(buffer));
     close(fd);
@@ -77,7 +77,7 @@ static void starts_that_fail(void)
     length = -100000;
     REFUSED(blkfuse_export_start(export_), EIO);
     length = 4096;
-    CHECK(blkfuse_export_start(export_) == 0);
+    CHECK(start(export_) == 0);
     length = -EIO;
     REFUSED(blkfuse_export_resized(export_), EIO);
     length = 8192;
@@ -96,7 +96,7 @@ static void starts_that_fail(void)
     REFUSED(blkfuse_export_start(export_), EIO);
     CHECK(!is_mounted());
     result = 0;
-    CHECK(blkfuse_export_start(export_) == 0);
+    CHECK(start(export_) == 0);
     finished(export_);
 
     ops = memory_ops();
@@ -105,7 +105,7 @@ static void starts_that_fail(void)
     block_size = 1000;
     REFUSED(blkfuse_export_start(export_), EINVAL);
     block_size = 8192;
-    CHECK(blkfuse_export_start(export_) == 0);
+    CHECK(start(export_) == 0);
     finished(export_);
 
     /* It cannot do what was asked for. */
@@ -114,7 +114,7 @@ static void starts_that_fail(void)
     export_ = created(&ops, NULL);
     REFUSED(blkfuse_export_start(export_), EROFS);
     CHECK(blkfuse_export_set_bool(export_, "writable", false) == 0);
-    CHECK(blkfuse_export_start(export_) == 0);
+    CHECK(start(export_) == 0);
     CHECK(open(mountpoint, O_RDWR | O_CLOEXEC) == -1 && errno == EROFS);
     finished(export_);
 }

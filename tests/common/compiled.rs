@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use blkfuse::Threads;
 use tempfile::TempDir;
 
 pub use crate::common::running::Running;
@@ -15,6 +16,8 @@ use crate::common::{self, Watchdog, is_mounted, skip};
 /// How long valgrind may take to start a program.
 pub const PATIENCE: Duration = Duration::from_secs(50);
 pub const C: &str = "-std=c99";
+/// With threads and atomics of its own.
+pub const C11: &str = "-std=c11";
 pub const CXX: &str = "-std=c++17";
 /// What libblkfuse.a needs besides the C library, as
 /// `rustc --print native-static-libs` says.
@@ -112,11 +115,22 @@ impl Workshop {
 
 /// Runs a program that tests by itself and ends with 0 if all is well.
 pub fn try_test(workshop: &Workshop, program: &Path, more: &[&Path]) {
+    try_test_with(workshop, program, more, Threads::Library);
+}
+
+/// The same; `threads`: whose run its exports' queues.
+pub fn try_test_with(workshop: &Workshop, program: &Path, more: &[&Path], threads: Threads) {
     let path = workshop.mountpoint("disk");
     let watchdog = Watchdog::new(&path);
+    let whose = match threads {
+        Threads::Host => "host",
+        _ => "library",
+    };
     for queues in ["1", "4"] {
-        eprintln!("{} {queues}", program.display());
-        let mut running = Running::start(Command::new(program).arg(&path).arg(queues).args(more));
+        eprintln!("{} {queues}, threads of the {whose}", program.display());
+        let mut command = Command::new(program);
+        command.arg(&path).arg(queues).args(more);
+        let mut running = Running::start(command.env("BLKFUSE_TEST_THREADS", whose));
         // Its own watchdog comes first.
         let status = running.status(PATIENCE);
         assert!(status.success(), "{} {queues}: {status}", program.display());
