@@ -728,9 +728,10 @@ struct blkfuse_queue *blkfuse_export_get_queue(const struct blkfuse_export *expo
  * now and then for nothing. Level-triggered, for epoll(7), poll(2), select(2)
  * and an io_uring's poll. It stays the same for the queue's life, also from
  * one thread to the next, and while no thread is attached it is not readable.
- * It is the library's: do not read or close it. It is closed when
- * blkfuse_queue_dispatch() has returned -ESHUTDOWN and the export was deleted;
- * have the loop forget it before.
+ * It is the library's: do not read or close it. Once the export was deleted,
+ * the dispatch that returns -ESHUTDOWN closes it, and with that epoll forgets it
+ * by itself; do not use the number after that. Over /dev/fuse a thread's sleep
+ * may end with EINTR without a signal, if requests are forwarded.
  *
  * May be called from any thread. Returns the descriptor; -ESHUTDOWN: the queue
  * and its export have gone; -EINVAL: there was never such a queue.
@@ -745,7 +746,8 @@ int blkfuse_queue_get_fd(const struct blkfuse_queue *queue);
  * little thing.
  *
  * A thread must not end while it is attached (the main thread may, with the
- * process): the export halts then.
+ * process): the export halts then, and if the host does not complete what that
+ * queue has in flight within two seconds, `deleted` is never called.
  *
  * Returns 0; -EBUSY: a thread is attached; -ESHUTDOWN: the queue has ended;
  * -EINVAL: there was never such a queue; another errno: there is no io_uring
@@ -785,10 +787,13 @@ int blkfuse_queue_has_events(struct blkfuse_queue *queue);
  * itself. Within a drain (blkfuse_export_drain_begin()), once nothing is in
  * flight (blkfuse_export_drain_poll()); requests that come meanwhile wait for
  * the next thread. Also while the export ends, which then needs no thread of
- * the host's any more. Calls ops->queue_stop.
+ * the host's any more. Calls ops->queue_stop. Over io_uring this has a thread
+ * run on each CPU for a moment, and waits for it: what waits in this thread's
+ * ring must be asked back from the kernel.
  *
  * To be called by the attached thread. Returns 0; -EBUSY: there is no drain,
- * or a request is in flight; -ESHUTDOWN: the queue has ended; otherwise as
+ * or a request is in flight; -EPERM: over io_uring, and this thread may not
+ * run on every CPU, and stays attached; -ESHUTDOWN: the queue has ended; otherwise as
  * blkfuse_queue_dispatch().
  */
 int blkfuse_queue_detach(struct blkfuse_queue *queue);

@@ -520,7 +520,7 @@ impl HostQueue {
         Ok(())
     }
 
-    fn has_ended(&self) -> bool {
+    pub(crate) fn has_ended(&self) -> bool {
         matches!(*self.0.place.lock(), Place::Ended)
     }
 
