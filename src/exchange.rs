@@ -168,8 +168,8 @@ impl Exchange {
         let rests = |queue: &usize| self.places[*queue].rests.load(Relaxed);
         match placement {
             // Of two requests that would be served one after the other.
-            Placement::Wide if in_hand > 1 => (0..self.queues()).find(rests),
-            Placement::Wide => None,
+            Placement::Wide | Placement::Large if in_hand > 1 => (0..self.queues()).find(rests),
+            Placement::Wide | Placement::Large => None,
             Placement::Solo { queue: soloist, .. } => Some(soloist),
             Placement::Near => {
                 let cpu = slot.ring.map_or(0, |ring| ring.kernel_queue.into());
@@ -203,11 +203,10 @@ impl Exchange {
         all
     }
 
-    /// Looks at the traffic since the last look, unless somebody does.
-    pub(crate) fn review(&self) {
-        let Some(mut review) = self.review.try_lock() else {
-            return;
-        };
+    /// Looks at the traffic since the last look, unless somebody does. The
+    /// arrangement, if that has changed it.
+    pub(crate) fn review(&self) -> Option<Placement> {
+        let mut review = self.review.try_lock()?;
         let traffic = self.traffic();
         let since = traffic.since(&review.traffic);
         review.traffic = traffic;
@@ -216,7 +215,9 @@ impl Exchange {
             log::debug!("io_uring: now {favoured:?}, for {since:?}");
             review.placement = favoured;
             self.changes.fetch_add(1, Relaxed);
+            return Some(favoured);
         }
+        None
     }
 }
 

@@ -17,7 +17,9 @@
 //!   what a client leaves behind is still in the cache.
 //! * **Large requests.** They are all copying, and a client uses the entries of
 //!   its own CPU only. So those are spread over all queues, each of which
-//!   copies on a CPU of its own.
+//!   copies on a CPU of its own. The kernel fills every entry that it can get
+//!   before the first is answered; with a few entries in use, those that a
+//!   driver is done with at once are used again while they are in the cache.
 
 /// From here on requests count as large, in bytes on average.
 const LARGE: u64 = 32 << 10;
@@ -28,6 +30,8 @@ pub(crate) enum Placement {
     /// Every queue serves every CPU; a queue with nothing to do is given some
     /// of another's entries.
     Wide,
+    /// As `Wide`, with few entries in use.
+    Large,
     /// One queue serves all, away from the CPU of its client.
     Solo { queue: usize, client: usize },
     /// Each queue serves some CPUs, and runs there.
@@ -94,7 +98,7 @@ impl Placement {
             return self;
         }
         if traffic.bytes / all >= LARGE {
-            return Placement::Wide;
+            return Placement::Large;
         }
         if is_most(traffic.lone, all) {
             return Placement::Near;
@@ -127,7 +131,7 @@ impl Placement {
                 client,
             } if soloist == queue => Seat::Beside(client),
             Placement::Near => Seat::Among,
-            Placement::Solo { .. } | Placement::Wide => Seat::Anywhere,
+            Placement::Solo { .. } | Placement::Wide | Placement::Large => Seat::Anywhere,
         }
     }
 
@@ -135,7 +139,7 @@ impl Placement {
     pub(crate) fn may_poll(self, queue: usize) -> bool {
         match self {
             Placement::Solo { queue: soloist, .. } => soloist == queue,
-            Placement::Near | Placement::Wide => true,
+            Placement::Near | Placement::Wide | Placement::Large => true,
         }
     }
 }
@@ -198,7 +202,7 @@ mod tests {
     #[test]
     fn large_requests_are_for_everybody() {
         let placed = Placement::Near.next(&traffic(&[100, 0], 1 << 20), 2);
-        assert_eq!(placed, Placement::Wide);
+        assert_eq!(placed, Placement::Large);
         assert_eq!(placed.seat(0), Seat::Anywhere);
     }
 

@@ -72,6 +72,9 @@ use crate::system::System;
 use crate::transport::{Fetched, Transport, Unbound};
 use crate::wakeups::Wakeups;
 
+/// How many entries for each CPU stay in use, at least, when most are spared.
+const FEW_ENTRIES: usize = 4;
+
 /// How long an entry that was asked back may be on its way.
 const ON_THE_WAY: Duration = Duration::from_secs(1);
 
@@ -124,6 +127,8 @@ pub(crate) struct Share {
     hosted: bool,
     /// How many queues have their entries come back.
     recalls: AtomicUsize,
+    /// Few entries are in use, and what was asked for is kept.
+    spares: AtomicBool,
     /// How many requests the kernel was asked for.
     asked_for: AtomicU64,
     /// A request has come through a ring: the kernel has switched, for good.
@@ -154,6 +159,7 @@ impl Share {
             exchange: Exchange::new(plan.kernel_queues, wakeups),
             hosted,
             recalls: AtomicUsize::new(0),
+            spares: AtomicBool::new(false),
             // The first number is the anchor's.
             asked_for: AtomicU64::new(1),
             switched: AtomicBool::new(false),
@@ -195,6 +201,31 @@ impl Share {
                 }
             }
         })
+    }
+
+    /// Has most entries kept out of use: those that are left are soon used
+    /// again. For as long as the driver answers at once; one that lets requests
+    /// wait needs an entry for each.
+    fn spare_entries(&self, device: BorrowedFd<'_>) {
+        let few = self.exchange.queues().max(FEW_ENTRIES);
+        let cpus = 0..self.plan.kernel_queues;
+        let wanted: Vec<_> = cpus.map(|_| self.plan.depth.saturating_sub(few)).collect();
+        self.spares.store(true, SeqCst);
+        if let Err(error) = self.ask(device, &wanted) {
+            log::debug!("io_uring: all entries stay in use: {error}");
+        }
+    }
+
+    /// Has all entries used again.
+    fn use_all_entries(&self) {
+        if self.spares.load(Relaxed) && self.spares.swap(false, SeqCst) {
+            self.exchange.kick();
+        }
+    }
+
+    /// Whether what was asked for, and came, is not to be given back yet.
+    fn keeps_recalled(&self) -> bool {
+        self.recalls.load(SeqCst) > 0 || self.spares.load(SeqCst)
     }
 
     pub(crate) fn plan(&self) -> Plan {
@@ -577,10 +608,10 @@ impl Uring {
         self.answer_recalled()
     }
 
-    /// Gives back what was asked for, unless somebody still asks: then it would
-    /// come in the place of another one.
+    /// Gives back what was asked for, unless somebody still asks (then it would
+    /// come in the place of another one), or it is to be kept.
     fn answer_recalled(&mut self) -> Result<()> {
-        if self.recalled.is_empty() || self.share.recalls.load(SeqCst) > 0 {
+        if self.recalled.is_empty() || self.share.keeps_recalled() {
             return Ok(());
         }
         for mut slot in std::mem::take(&mut self.recalled) {
@@ -664,7 +695,11 @@ impl Uring {
         let exchange = &self.share.exchange;
         exchange.count(self.queue, self.in_hand, ring.kernel_queue.into(), bytes);
         if self.clock.tick() {
-            exchange.review();
+            match exchange.review() {
+                None => {}
+                Some(Placement::Large) => self.share.spare_entries(self.legacy.device()),
+                Some(_) => self.share.use_all_entries(),
+            }
         }
     }
 
@@ -672,6 +707,10 @@ impl Uring {
     fn rest(&self) {
         if !self.ending && !self.share.hosted {
             self.share.exchange.open_door(self.queue);
+        }
+        // It cannot do more, and has not answered.
+        if self.in_hand > 0 {
+            self.share.use_all_entries();
         }
     }
 

@@ -223,6 +223,43 @@ fn a_multitude_of_requests_each_have_their_own_data() {
 }
 
 /// With BLKFUSE_CYCLES=1000 as many times as that.
+/// A driver that is done with large requests at once is given few entries to
+/// have them in; one that lets requests wait needs all.
+#[test]
+fn after_many_large_requests_as_many_as_before_can_wait() {
+    const READERS: usize = 40;
+    for_transports_and_queues(|transport, queues| {
+        let m = Mounted::with(Memory::patterned(1 << 20), queues, |b| {
+            b.io_uring(transport)
+        });
+        let file = m.open_with(false, libc::O_DIRECT);
+        let expected = pattern(0, 64 << 10);
+        for _ in 0..2 {
+            let mut data = vec![0; expected.len()];
+            for _ in 0..1200 {
+                file.read_exact_at(&mut data, 0).unwrap();
+                assert!(data == expected);
+            }
+            m.driver.hold();
+            thread::scope(|scope| {
+                let reader = |n: usize| {
+                    let file = &file;
+                    move || {
+                        let mut data = [0; BLOCK];
+                        file.read_exact_at(&mut data, (n * BLOCK) as u64).unwrap();
+                        assert_eq!(data[..], pattern(n * BLOCK, BLOCK));
+                    }
+                };
+                for n in 0..READERS {
+                    scope.spawn(reader(n));
+                }
+                m.driver.wait_for_held(READERS);
+                m.driver.release();
+            });
+        }
+    });
+}
+
 #[test]
 fn starts_and_deletions_leave_nothing() {
     alone("starts_and_deletions_leave_nothing", || {
