@@ -51,10 +51,11 @@
 //!
 //! A *queue* (queue.rs) owns a transport and a task (task.rs) for each of its
 //! slots; a thread of the library's runs it, which waits awake where that pays
-//! (polling.rs), or a thread of the program's own (hostqueue.rs). Over io_uring the queues hand each other the kernel's entries
+//! (polling.rs), or one of the program's own threads does (hostqueue.rs). Over
+//! io_uring the library's queues hand each other the kernel's entries
 //! (exchange.rs), so that each serves whom it serves best (placement.rs), from
-//! the right CPU (seat.rs). The *export* (export.rs) is the
-//! life around the queues: mounting (mount.rs), the drain and the phases of
+//! the right CPU (seat.rs). The *export* (export.rs) is the life around the
+//! queues: mounting (mount.rs), the drain and the phases of
 //! life (control.rs, gate.rs), the file's attributes (file.rs), its end
 //! (ending.rs). Data move once: the driver reads into and writes out of the
 //! slot's payload, which is what the kernel copies from and to. What it wants
