@@ -7,7 +7,7 @@
 //! in its handle.
 //!
 //! If an export ends while nobody is attached to one of its queues, a thread of
-//! the library's runs that to its end ([`take_over`]).
+//! the library's runs that to its end ([`HostQueue::take_over`]).
 
 use std::cell::RefCell;
 use std::fmt;
