@@ -22,7 +22,6 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::Epoll;
-use nix::sys::signal::SigSet;
 use nix::unistd::{Pid, getpid, gettid};
 use parking_lot::Mutex;
 
@@ -32,6 +31,7 @@ use crate::error::{Error, Result};
 use crate::export::Shared;
 use crate::forward::Port;
 use crate::queue::{BUDGET, DetachedQueue, Progress, Queue};
+use crate::seat;
 use crate::start::{EndOfQueue, StartedQueue};
 use crate::task::Tasks;
 use crate::transport::Transport;
@@ -170,7 +170,10 @@ impl Rest {
         let (tasks, port) = (core.make_tasks)();
         match queue.attach(tasks, port) {
             Ok(queue) => Ok(Running {
-                queue,
+                queue: match started {
+                    Some(_) => queue,
+                    None => queue.unannounced(),
+                },
                 started,
                 core,
             }),
@@ -299,7 +302,7 @@ impl Attached {
 
     /// The queue's end: nobody finds it any more.
     fn end(&self) -> Option<Running> {
-        *self.handle.0.place.lock() = Place::Ended;
+        self.handle.note_end();
         self.take()
     }
 
@@ -336,10 +339,7 @@ impl Attached {
         let end = Instant::now() + LAST_PATIENCE;
         loop {
             match running.queue.dispatch_between_sleeps(BUDGET) {
-                Progress::Finished => {
-                    *self.handle.0.place.lock() = Place::Ended;
-                    return;
-                }
+                Progress::Finished => return self.handle.note_end(),
                 Progress::Idle if running.queue.is_at_rest() => break,
                 Progress::Idle => {
                     let left = end.saturating_duration_since(Instant::now());
@@ -350,7 +350,7 @@ impl Attached {
             if Instant::now() > end {
                 let name = &self.control.name;
                 log::error!("{name}: the driver does not complete what that thread began");
-                *self.handle.0.place.lock() = Place::Ended;
+                self.handle.note_end();
                 return running.forsake();
             }
         }
@@ -358,7 +358,7 @@ impl Attached {
             Ok(()) => self.handle.put(running.detach()),
             Err(error) => {
                 log::error!("{}: {error}", self.control.name);
-                *self.handle.0.place.lock() = Place::Ended;
+                self.handle.note_end();
                 running.forsake();
             }
         }
@@ -524,6 +524,10 @@ impl HostQueue {
         matches!(*self.0.place.lock(), Place::Ended)
     }
 
+    fn note_end(&self) {
+        *self.0.place.lock() = Place::Ended;
+    }
+
     /// Why the calling thread cannot do that.
     fn not_here(&self) -> Error {
         match *self.0.place.lock() {
@@ -580,9 +584,7 @@ impl HostQueue {
     }
 
     fn run_to_the_end(&self, rest: Rest) {
-        if let Err(errno) = SigSet::all().thread_block() {
-            log::warn!("a queue's thread cannot block signals: {errno}");
-        }
+        seat::block_signals();
         let name = rest.control().name.clone();
         let mut running = match rest.bind(None) {
             Ok(running) => running,

@@ -1,5 +1,5 @@
-//! A thread that may be told where to run, within what it was allowed at
-//! first.
+//! The library's own threads: one that may be told where to run, within what it
+//! was allowed at first, and what takes no signals.
 
 use std::{io, thread};
 
@@ -88,6 +88,14 @@ pub(crate) fn on_each_cpu(
     })
 }
 
+/// Has the calling thread take no signals: the program's are for the program's
+/// own threads.
+pub(crate) fn block_signals() {
+    if let Err(errno) = SigSet::all().thread_block() {
+        log::warn!("a thread of the library's cannot block signals: {errno}");
+    }
+}
+
 /// Has the calling thread run on one CPU.
 fn move_to(cpu: usize) -> nix::Result<()> {
     let mut cpus = CpuSet::new();
@@ -97,8 +105,7 @@ fn move_to(cpu: usize) -> nix::Result<()> {
 
 fn in_a_thread<T: Send>(f: impl FnOnce() -> T + Send) -> io::Result<T> {
     let unsignalled = || {
-        // The program's signals are for the program's own threads.
-        let _ = SigSet::all().thread_block();
+        block_signals();
         f()
     };
     thread::scope(|scope| {

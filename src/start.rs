@@ -23,8 +23,6 @@ use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::SigSet;
-
 use crate::config::{Config, IoUring, Threads};
 use crate::control::{Control, Latch, Owned, Phase};
 use crate::driver::{BlockDriver, Limits, QueueInfo};
@@ -745,10 +743,7 @@ impl<D: BlockDriver> QueueStarter<D> {
         report: &mpsc::Sender<Report>,
         orders: mpsc::Receiver<Order>,
     ) -> Option<HostQueue> {
-        // The program's signals are for the program's own threads.
-        if let Err(errno) = SigSet::all().thread_block() {
-            log::warn!("a queue's thread cannot block signals: {errno}");
-        }
+        seat::block_signals();
         let end = EndOfQueue(self.shared.clone());
         let control = self.shared.control.clone();
         // All of this thread's calls of the driver are callbacks, not only

@@ -262,6 +262,7 @@ impl fmt::Debug for CDriver {
 unsafe impl Send for Host {}
 // SAFETY: as above, from several threads at once.
 unsafe impl Sync for Host {}
+
 impl Drop for Host {
     fn drop(&mut self) {
         if let Some(deleted) = self.ops.deleted {
