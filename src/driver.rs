@@ -333,11 +333,8 @@ impl<'a> Io<'a> {
     async unsafe fn job(&self, file: BorrowedFd<'_>, what: What, offset: u64) -> io::Result<usize> {
         // SAFETY: the caller's promise; `file` is open as long as this runs.
         let call = unsafe { Call::new(file, what, offset) };
-        let mut kept = if call.is_copy() {
-            None
-        } else {
-            self.kept(&what)
-        };
+        let kept = self.kept(&what);
+        let mut kept = kept.filter(|(port, _)| !port.is_copy(&call));
         loop {
             let result = match &kept {
                 Some((port, keeper)) => {

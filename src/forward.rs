@@ -32,6 +32,10 @@ use crate::region::Keeper;
 /// a batch at once would leave a disk idle from one batch to the next.
 const JOBS_AT_ONCE: usize = 4;
 
+/// After how many writes a descriptor is asked again what they are: its owner
+/// may have changed its flags, or its number be another file's.
+const WRITES_UNASKED: u32 = 64;
+
 /// What is to be done.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum What {
@@ -72,13 +76,8 @@ impl Call {
         Self { fd, what, offset }
     }
 
-    /// Whether it is a write into the page cache: a copy, which is done at once.
-    /// Several file systems (ext4) have a ring employ a thread for it, which
-    /// costs many times as much.
-    pub(crate) fn is_copy(&self) -> bool {
-        let What::Write { .. } = self.what else {
-            return false;
-        };
+    /// Whether its descriptor's writes are copies into the page cache.
+    fn is_cached(&self) -> bool {
         // SAFETY: the promise made to `new`: it is open.
         let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
         let flags = fcntl(fd, FcntlArg::F_GETFL).map_or(OFlag::empty(), OFlag::from_bits_retain);
@@ -180,9 +179,19 @@ struct Errand {
     _keeper: Option<Keeper>,
 }
 
+/// What is known of the descriptor that was written to last.
+#[derive(Debug, Clone, Copy)]
+struct Written {
+    fd: RawFd,
+    is_cached: bool,
+    /// How many writes have relied on it.
+    writes: u32,
+}
+
 /// One queue's jobs.
 #[derive(Debug, Default)]
 pub(crate) struct Port {
+    written: Cell<Option<Written>>,
     errands: RefCell<Slab<Errand>>,
     /// Those that wait, in the order of their arrival.
     waiting: RefCell<VecDeque<usize>>,
@@ -190,6 +199,27 @@ pub(crate) struct Port {
 }
 
 impl Port {
+    /// Whether the call is a write into the page cache: a copy, which is done at
+    /// once. Several file systems (ext4) have a ring employ a thread for it,
+    /// which costs many times as much. To ask the descriptor each time would be
+    /// a system call for each write; what is known of it may be out of date
+    /// for a while, which costs nothing but time.
+    pub(crate) fn is_copy(&self, call: &Call) -> bool {
+        let What::Write { .. } = call.what else {
+            return false;
+        };
+        let known = self.written.get();
+        let known = known.filter(|w| w.fd == call.fd && w.writes < WRITES_UNASKED);
+        let mut written = known.unwrap_or_else(|| Written {
+            fd: call.fd,
+            is_cached: call.is_cached(),
+            writes: 0,
+        });
+        written.writes += 1;
+        self.written.set(Some(written));
+        written.is_cached
+    }
+
     /// How many jobs wait to be begun.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.borrow().len()

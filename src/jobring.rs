@@ -94,6 +94,7 @@ mod tests {
     use std::fs::File;
     use std::io::{Read, Write};
     use std::ops::Range;
+    use std::os::fd::OwnedFd;
     use std::os::unix::fs::{FileExt, OpenOptionsExt};
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::pin::{Pin, pin};
@@ -104,6 +105,7 @@ mod tests {
 
     use super::*;
     use crate::driver::{Io, ReadBuf};
+    use crate::forward::{Call, What};
     use crate::slot::Slot;
 
     /// A payload, and what carries out what is done with it.
@@ -323,6 +325,26 @@ mod tests {
     fn memory_is_the_kernels_until_the_job_is_done_whatever_becomes_of_its_future() {
         begin_slow_read(&mut Bench::new(a_ring), |read| drop(read));
         begin_slow_read(&mut Bench::new(a_ring), |read| std::mem::forget(read));
+    }
+
+    #[test]
+    fn what_is_known_of_a_descriptor_is_not_believed_for_long() {
+        let port = Port::default();
+        let mut file = OwnedFd::from(tempfile::tempfile().unwrap());
+        let data = [0; 1];
+        let (from, len) = (data.as_ptr(), data.len());
+        let is_copy = |file: &OwnedFd| {
+            // SAFETY: the call is not made.
+            let call = unsafe { Call::new(file.as_fd(), What::Write { from, len }, 0) };
+            port.is_copy(&call)
+        };
+        assert!(is_copy(&file));
+        // The number is now that of a file whose writes reach the disk.
+        nix::unistd::dup2(image(), &mut file).unwrap();
+        assert!((0..100).any(|_| !is_copy(&file)));
+        let other = OwnedFd::from(tempfile::tempfile().unwrap());
+        assert!(is_copy(&other), "another descriptor is asked at once");
+        assert!(!is_copy(&file));
     }
 
     #[test]
