@@ -18,16 +18,16 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The longest wait awake. Requests at depth 1 come some 10 us apart, but a
-/// client that the reply has to wake on an idle virtual CPU may need 100 us to
-/// get there, if the host has other things to do: with 50 us such machines
-/// serve a third of what they can.
-const LONGEST: Duration = Duration::from_micros(200);
+/// The longest wait awake. Requests at depth 1 come some 10 us apart, but if
+/// the reply has to wake the client on an idle virtual CPU, and the host is
+/// busy, it takes 50 to 100 us: with half of this, such machines serve a third
+/// of what they can. Beyond it the CPU is worth more than the time.
+const LONGEST: Duration = Duration::from_micros(100);
 /// Waits that are no longer than this may get short enough by staying awake:
-/// to fall asleep and be woken takes up to some 100 us itself, on either side.
-const CLOSE: Duration = Duration::from_micros(300);
+/// to fall asleep and be woken takes as long itself, on either side.
+const CLOSE: Duration = Duration::from_micros(200);
 /// What any longer wait counts as: one ends looking, and is soon forgotten.
-const PAUSE: Duration = Duration::from_millis(3);
+const PAUSE: Duration = Duration::from_millis(2);
 /// Between two looks: who was let run on this CPU keeps it, and there is more
 /// waiting for it than is won.
 const LOST: Duration = Duration::from_micros(500);
