@@ -4,8 +4,8 @@
 //! four times as many answers from a server that has not gone to sleep. But
 //! waiting awake costs a CPU. So a queue does it only while requests come close
 //! upon each other and looking for them has lately been of use, and never for
-//! more than [`LONGEST`]. After one pause it sleeps at once, so an idle export
-//! uses no CPU.
+//! more than [`LONGEST`] or [`LONGEST_LATE`]. After one pause it sleeps at once,
+//! so an idle export uses no CPU.
 //!
 //! Between two looks it offers its CPU to whoever else could run there, be it
 //! another process or the very client that it waits for. So it uses only what
@@ -18,11 +18,16 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The longest wait awake. Requests at depth 1 come some 10 us apart, but if
-/// the reply has to wake the client on an idle virtual CPU, and the host is
-/// busy, it takes 50 to 100 us: with half of this, such machines serve a third
-/// of what they can. Beyond it the CPU is worth more than the time.
+/// The longest wait awake: beyond it the CPU is worth more than the time.
 const LONGEST: Duration = Duration::from_micros(100);
+/// The longest for one request that is late among others that come quickly.
+/// Those of a client at depth 1 come some 10 us apart, but if the reply has to
+/// wake it on an idle virtual CPU, and the host is busy, 100 us may go by; and
+/// if the queue sleeps then, the client has the same wait for its next one. On
+/// such machines this is worth a factor of three.
+const LONGEST_LATE: Duration = Duration::from_micros(200);
+/// Waits that usually are no longer than this are quick.
+const QUICK: Duration = Duration::from_micros(60);
 /// Waits that are no longer than this may get short enough by staying awake:
 /// to fall asleep and be woken takes as long itself, on either side.
 const CLOSE: Duration = Duration::from_micros(200);
@@ -40,12 +45,15 @@ const MEMORY: u32 = 8;
 const PRICE: u32 = 2;
 /// How much looks may have cost more than they were worth, before they end.
 const PATIENCE: u32 = 32;
-/// After how many waits asleep looking is tried again, at least and at most.
-const RETRY: u32 = 64;
+/// After how many waits asleep looking is tried again, if it has cost too much.
+const RETRY: u32 = 128;
+/// And if the CPU was lost: at least, and at most.
+const LOST_RETRY: u32 = 64;
 const LAST_RETRY: u32 = 1 << 14;
-/// After how many looks of use it is forgotten that they had ended: a machine's
-/// own CPU, if it is virtual, goes now and then to another machine.
-const FORGETTING: u32 = 256;
+/// After how many looks that got the CPU back, and in time, it is forgotten that
+/// it was lost: a virtual one goes now and then to another machine, and on a
+/// busy host a hundred times a second.
+const FORGETTING: u32 = 32;
 
 /// What one queue has learnt of its waits.
 #[derive(Debug)]
@@ -53,18 +61,21 @@ pub(crate) struct Polling {
     usual: Duration,
     /// What looks have cost more than they were worth.
     cost: u32,
-    /// How many have been of use since the CPU was lost.
-    of_use: u32,
+    /// How many looks have got the CPU back, and in time, since it was lost.
+    back: u32,
     /// How many waits asleep there are to be yet.
     asleep: u32,
-    /// How many there will be when looks end next.
+    /// How many there will be when the CPU is lost next.
     pause: u32,
 }
 
 /// What came of a look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Look {
-    Found,
+    Found {
+        /// Somebody else could have had the CPU meanwhile.
+        offered: bool,
+    },
     InVain,
     /// Whether there is something or not: the CPU was somebody else's.
     Lost {
@@ -77,9 +88,9 @@ impl Default for Polling {
         Self {
             usual: PAUSE,
             cost: 0,
-            of_use: 0,
+            back: 0,
             asleep: 0,
-            pause: RETRY,
+            pause: LOST_RETRY,
         }
     }
 }
@@ -99,43 +110,45 @@ impl Polling {
     /// Looks until there is something, for as long as is sensible from `since`
     /// on. Returns whether there is.
     pub(crate) fn look(&mut self, since: Instant, is_there: impl FnMut() -> bool) -> bool {
-        let look = watch(since, is_there);
+        let longest = if self.usual <= QUICK {
+            LONGEST_LATE
+        } else {
+            LONGEST
+        };
+        let look = watch(since, longest, is_there);
         self.learn(look);
-        matches!(look, Look::Found | Look::Lost { found: true })
+        matches!(look, Look::Found { .. } | Look::Lost { found: true })
     }
 
     fn learn(&mut self, look: Look) {
         match look {
-            Look::Found => {
+            Look::Found { offered } => {
                 self.cost = self.cost.saturating_sub(1);
-                self.of_use += 1;
-                if self.of_use == FORGETTING {
-                    self.of_use = 0;
-                    self.pause = RETRY;
+                self.back += u32::from(offered);
+                if self.back == FORGETTING {
+                    self.back = 0;
+                    self.pause = LOST_RETRY;
                 }
             }
             Look::InVain => {
                 self.cost += PRICE;
                 if self.cost >= PATIENCE {
                     self.cost = 0;
-                    self.end();
+                    self.asleep = RETRY;
                 }
             }
             Look::Lost { .. } => {
-                self.of_use = 0;
-                self.end();
+                self.back = 0;
+                self.asleep = self.pause;
+                self.pause = (self.pause * 4).min(LAST_RETRY);
             }
         }
     }
-
-    fn end(&mut self) {
-        self.asleep = self.pause;
-        self.pause = (self.pause * 4).min(LAST_RETRY);
-    }
 }
 
-fn watch(since: Instant, mut is_there: impl FnMut() -> bool) -> Look {
+fn watch(since: Instant, longest: Duration, mut is_there: impl FnMut() -> bool) -> Look {
     let mut last = since;
+    let mut offered = false;
     loop {
         let found = is_there();
         let now = Instant::now();
@@ -143,12 +156,13 @@ fn watch(since: Instant, mut is_there: impl FnMut() -> bool) -> Look {
             return Look::Lost { found };
         }
         if found {
-            return Look::Found;
+            return Look::Found { offered };
         }
-        if now - last > DISTURBED || now - since > LONGEST {
+        if now - last > DISTURBED || now - since > longest {
             return Look::InVain;
         }
         last = now;
+        offered = true;
         thread::yield_now();
     }
 }
@@ -182,14 +196,14 @@ mod tests {
     }
 
     #[test]
-    fn looks_in_vain_end_for_ever_longer() {
+    fn looks_in_vain_end_for_a_while() {
         let mut polling = used_to(NEAR);
-        for pause in [RETRY, 4 * RETRY, 16 * RETRY] {
+        for _ in 0..3 {
             for look in 0..PATIENCE / PRICE {
                 assert!(polling.is_worth_it(), "look {look}");
                 polling.learn(Look::InVain);
             }
-            for _ in 0..pause {
+            for _ in 0..RETRY {
                 assert!(!polling.is_worth_it());
                 polling.waited(NEAR);
             }
@@ -202,7 +216,7 @@ mod tests {
         let mut polling = used_to(NEAR);
         for _ in 0..100 * PATIENCE {
             for _ in 0..PRICE {
-                polling.learn(Look::Found);
+                polling.learn(Look::Found { offered: true });
             }
             polling.learn(Look::InVain);
             assert!(polling.is_worth_it());
@@ -224,19 +238,25 @@ mod tests {
             assert!(polling.is_worth_it());
         }
         assert_eq!(asleep, LAST_RETRY);
-        // Not so if it happens now and then, whatever is found in between.
+        // What is there at once does not tell whose the CPU would be.
+        for _ in 0..2 * FORGETTING {
+            polling.learn(Look::Found { offered: false });
+        }
+        polling.learn(Look::Lost { found: false });
+        assert_eq!(polling.asleep, LAST_RETRY);
+        // Not so if it happens now and then, whatever comes in between.
         for _ in 0..FORGETTING {
-            polling.learn(Look::Found);
+            polling.learn(Look::Found { offered: true });
             polling.learn(Look::InVain);
         }
         polling.learn(Look::Lost { found: false });
-        assert_eq!(polling.asleep, RETRY);
+        assert_eq!(polling.asleep, LOST_RETRY);
     }
 
     #[test]
     fn what_was_found_late_is_found() {
         let late = Instant::now() - 2 * LOST;
-        assert_eq!(watch(late, || true), Look::Lost { found: true });
+        assert_eq!(watch(late, LONGEST, || true), Look::Lost { found: true });
         assert!(used_to(NEAR).look(late, || true));
         assert!(!used_to(NEAR).look(late, || false));
     }
