@@ -507,10 +507,11 @@ pub unsafe extern "C" fn blkfuse_export_resized(export: *mut blkfuse_export) -> 
 /// Asks for the end: the file vanishes, also while it is open; requests in
 /// flight are answered when the driver completes them; whoever still has the
 /// file open gets errors. What clients have written into mapped memory is
-/// written back first, except with BLKFUSE_STOP_FORCE and in a drain. Returns
-/// when the file has been unmounted, or after two seconds if that takes longer,
-/// or at once within a callback and in a thread that is attached to one of the
-/// export's queues. `flags`: 0 or BLKFUSE_STOP_*.
+/// written back after the file has vanished, and requests are served until it
+/// is, except with BLKFUSE_STOP_FORCE and in a drain. Returns when that is done,
+/// or after two seconds if it takes longer, or at once within a callback and in
+/// a thread that is attached to one of the export's queues. `flags`: 0 or
+/// BLKFUSE_STOP_*.
 ///
 /// Threads that are attached to queues go on dispatching until that returns
 /// -ESHUTDOWN, or detach themselves. Queues without a thread are run to their

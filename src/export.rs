@@ -211,6 +211,8 @@ pub struct Export {
     queues: Vec<HostQueue>,
     gone: Arc<Latch>,
     carrier: Carrier,
+    /// How long dropping it waits for the unmounting.
+    patience: Duration,
 }
 
 /// What an export's handle, threads and unmounting share.
@@ -323,6 +325,7 @@ impl Shared {
                 unmounted
             }
             Stop::Lazy if self.is_to_be_written_back() => {
+                self.file.keep_cache();
                 let (unmounted, written_back, child) = mount.unmount_written_back();
                 self.ending.keep(child);
                 if let Err(error) = written_back {
@@ -374,6 +377,7 @@ impl Export {
             queues,
             gone,
             carrier,
+            patience: UNMOUNT_PATIENCE,
         }
     }
 
@@ -384,11 +388,11 @@ impl Export {
 
     /// Asks for the end. Whatever `how` is, requests in flight are answered
     /// when the driver is done with them; [`delete`](Self::delete) waits for
-    /// that, this does not. It returns when the file has been unmounted, or
-    /// after two seconds if that takes longer, or at once within a callback and
-    /// in a thread that is attached to one of the queues.
-    /// What clients have written into mapped memory is written back first,
-    /// except by [`Stop::Force`] and in a drain.
+    /// that, this does not. It returns when the file has been unmounted and what
+    /// clients have written into mapped memory is written back, or after two
+    /// seconds if that takes longer, or at once within a callback and in a
+    /// thread that is attached to one of the queues. Requests are served until
+    /// everything is written back; [`Stop::Force`] and a drain leave that out.
     ///
     /// `EBUSY`: [`Stop::IfIdle`] and the file is in use; nothing has happened.
     /// Another error: the mount could not be removed; the export ends all the
@@ -458,6 +462,7 @@ impl Export {
         let name = self.shared.control.name.clone();
         let patience = timeout.map_or(UNMOUNT_PATIENCE, |t| t.min(UNMOUNT_PATIENCE));
         let stopped = self.stop_within(Stop::Lazy, patience);
+        self.patience = Duration::ZERO;
         let threads = std::mem::take(&mut self.threads);
         let ending = self.shared.ending.clone();
         let gone = self.gone.clone();
@@ -644,7 +649,7 @@ impl Export {
 
 impl Drop for Export {
     fn drop(&mut self) {
-        if let Err(error) = self.stop(Stop::Lazy) {
+        if let Err(error) = self.stop_within(Stop::Lazy, self.patience) {
             log::warn!("{error}");
         }
     }

@@ -45,6 +45,8 @@ pub(crate) struct File {
     /// Whether the export has started. Before, only the start itself looks at
     /// the file, to see whether it is served.
     public: AtomicBool,
+    /// Whether opening it leaves what the kernel has cached of it.
+    keeps_cache: AtomicBool,
     open_count: AtomicU64,
     writer_count: AtomicU64,
     /// The length that the kernel believes in: the last one it was told.
@@ -118,6 +120,7 @@ impl File {
             resizing: async_lock::Mutex::new(()),
             uses: Gate::new(queues),
             public: AtomicBool::new(false),
+            keeps_cache: AtomicBool::new(false),
             open_count: AtomicU64::new(0),
             writer_count: AtomicU64::new(0),
             // Until it has asked, the kernel takes the file for empty.
@@ -189,6 +192,17 @@ impl File {
 
     pub(crate) fn is_public(&self) -> bool {
         self.public.load(Acquire)
+    }
+
+    /// From now on, opening it leaves what the kernel has cached of it: for who
+    /// opens it to sync that. Otherwise the kernel drops it, after it has
+    /// written back what clients have changed in mapped memory, page by page.
+    pub(crate) fn keep_cache(&self) {
+        self.keeps_cache.store(true, Release);
+    }
+
+    pub(crate) fn keeps_cache(&self) -> bool {
+        self.keeps_cache.load(Acquire)
     }
 
     pub(crate) fn opened(&self, writer: bool) {

@@ -310,8 +310,9 @@ impl Mount {
     }
 
     /// As [`unmount`](Self::unmount) with [`Unmount::Lazy`], and has what
-    /// clients hold in mapped memory written back; to that end the connection
-    /// must be served until this returns. The second result is about that, and
+    /// clients hold in mapped memory written back after that; to that end the
+    /// connection must be served until this returns, which it does when that is
+    /// done or the connection has ended. The second result is about that, and
     /// the child process that did it, if any, is to be dropped after the
     /// connection's end.
     pub(crate) fn unmount_written_back(&self) -> (Result<()>, Result<()>, Option<Child>) {
@@ -325,8 +326,7 @@ impl Mount {
             _ => Err(Error::new(libc::ENOENT, "the mount is not known")),
         };
         match begun {
-            Ok(mut write_back) => {
-                write_back.wait_open();
+            Ok(write_back) => {
                 let unmounted = self.unmount(Unmount::Lazy);
                 let (result, child) = write_back.finish();
                 let written = result.map_err(|errno| failed(&errno.desc()));

@@ -397,6 +397,7 @@ impl<D: BlockDriver> Request<'_, D> {
     }
 
     async fn open(&self, slot: &mut Slot, flags: i32) -> Outcome {
+        const DIRECT: u32 = open_flag::DIRECT_IO | open_flag::PARALLEL_DIRECT_WRITES;
         let writes = flags & libc::O_ACCMODE != libc::O_RDONLY;
         let empties = flags & libc::O_TRUNC != 0;
         if writes || empties {
@@ -410,7 +411,8 @@ impl<D: BlockDriver> Request<'_, D> {
         self.file().opened(writes);
         let (flags, backing_id) = match self.file().backing() {
             Some(id) => (open_flag::PASSTHROUGH, id),
-            None => (open_flag::DIRECT_IO | open_flag::PARALLEL_DIRECT_WRITES, 0),
+            None if self.file().keeps_cache() => (DIRECT | open_flag::KEEP_CACHE, 0),
+            None => (DIRECT, 0),
         };
         // A reader's close needs no answer, which could not come if it is
         // this very process that exits with the file open.

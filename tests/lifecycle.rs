@@ -1072,6 +1072,32 @@ fn a_forked_child_does_not_keep_the_mount() {
     });
 }
 
+#[test]
+fn mapped_memory_is_written_back_however_long_the_driver_takes() {
+    for_queues(|queues| {
+        let len = 40 * BLOCK + 3;
+        let mut m = Mounted::fixed(len, queues);
+        let file = m.open(true);
+        // SAFETY: nobody else changes the file, and nothing touches the memory
+        // after the export's end.
+        let mut memory = unsafe { MmapMut::map_mut(&file) }.unwrap();
+        drop(file);
+        memory.copy_from_slice(&pattern(9, len));
+        m.driver.hold();
+        thread::scope(|scope| {
+            let stop = scope.spawn(|| m.export().stop(Stop::Lazy));
+            // The unmounting waits for none of it.
+            eventually("the unmounting", || !is_mounted(&m.path));
+            m.driver.wait_for_held(1);
+            m.driver.release();
+            stop.join().unwrap().unwrap();
+        });
+        m.delete();
+        assert!(m.driver.bytes() == pattern(9, len), "it was lost");
+        drop(memory);
+    });
+}
+
 /// What the process to be killed has of the test's.
 const VICTIM: &str = "BLKFUSE_TEST_VICTIM";
 

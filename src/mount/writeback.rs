@@ -5,7 +5,7 @@
 //! does that (child.rs).
 
 use std::ffi::{CStr, CString};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, Instant};
 
@@ -20,46 +20,53 @@ use super::covered;
 use super::mountinfo::{MountId, MountTable};
 use crate::error::{Error, Result};
 
-/// How long opening the file may take. It is quick unless the driver blocks
-/// every queue, and then the unmounting must not wait for it.
-const OPENING: Duration = Duration::from_millis(500);
+/// How long the child may take to let go of the host's files. Where it closes
+/// the last copy of one, another file system may let it wait, which need not
+/// ever answer.
+const LETTING_GO: Duration = Duration::from_secs(5);
 
 /// A write-back that is under way.
 pub(super) struct WriteBack {
     child: Child,
-    opened: EventFd,
-    is_open: bool,
+    /// Told when the child has nothing of the host's any more.
+    ready: EventFd,
+    deadline: Instant,
 }
 
 impl WriteBack {
-    /// Opens the file of the mount `id`, to be synced.
+    /// Starts a child that syncs the file of the mount `id`. It has the place
+    /// of the file, so the mount may go before it has opened it.
     pub(super) fn begin(id: &MountId) -> Result<Self> {
-        // Before it is opened: what else is there might be a file that hangs.
+        let refused = |what: &str, errno: Errno| Error::from_io(what, &errno.into());
         let path = visible_path(id)?;
-        let opened = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
-            .map_err(|errno| Error::from_io("cannot make an eventfd", &errno.into()))?;
-        let body = || write_back(&path, id, &opened);
+        // This asks no file system for anything: neither ours, which might not
+        // answer for long, nor what else may be there by now.
+        let place = open(&*path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
+            .map_err(|errno| refused("cannot find it", errno))?;
+        if !id.admits(place.as_fd()) {
+            return Err(Error::new(libc::ESTALE, "another mount is in its place"));
+        }
+        let ready = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
+            .map_err(|errno| refused("cannot make an eventfd", errno))?;
+        let reopened = CString::new(format!("/proc/self/fd/{}", place.as_raw_fd()))
+            .expect("a number has no zero byte");
+        let body = || write_back(&reopened, &ready);
         // SAFETY: `write_back` only makes system calls, and `body` owns nothing
         // that would be freed in the child.
-        let child = unsafe { Child::start(&[opened.as_fd()], &body) }?;
+        let child = unsafe { Child::start(&[place.as_fd(), ready.as_fd()], &body) }?;
         Ok(Self {
             child,
-            opened,
-            is_open: false,
+            ready,
+            deadline: Instant::now() + LETTING_GO,
         })
     }
 
-    /// Waits until the file is open, so that it can be unmounted; not for long.
-    pub(super) fn wait_open(&mut self) {
-        let deadline = Instant::now() + OPENING;
-        self.is_open = self.child.wait_told(self.opened.as_fd(), deadline);
-    }
-
-    /// Waits until everything is written back, if the file could be opened in
-    /// time; otherwise calls it off. The child may wait for the connection's
-    /// end, and is to be dropped after that.
+    /// Waits until everything is written back. It is called off if the child
+    /// does not even come to begin; it may then wait for the connection's end,
+    /// and is to be dropped after that.
     pub(super) fn finish(mut self) -> (nix::Result<()>, Child) {
-        let deadline = (!self.is_open).then(Instant::now);
+        let has_begun = self.child.wait_told(self.ready.as_fd(), self.deadline);
+        let deadline = (!has_begun).then(Instant::now);
         let result = self.child.wait(deadline).unwrap_or(Err(Errno::ETIMEDOUT));
         self.child.kill();
         (result, self.child)
@@ -79,12 +86,8 @@ fn visible_path(id: &MountId) -> Result<CString> {
 }
 
 /// What the child does: only system calls.
-fn write_back(path: &CStr, id: &MountId, opened: &EventFd) -> nix::Result<()> {
-    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    let file = open(path, flags, Mode::empty())?;
-    if !id.admits(file.as_fd()) {
-        return Err(Errno::ESTALE);
-    }
-    opened.write(1)?;
-    fsync(&file)
+fn write_back(file: &CStr, ready: &EventFd) -> nix::Result<()> {
+    ready.write(1)?;
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    fsync(open(file, flags, Mode::empty())?)
 }
