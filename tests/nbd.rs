@@ -29,6 +29,7 @@ use common::{
 };
 use compiled::{C, CXX, Linking, PATIENCE, Running, Workshop};
 use hosted::Connections;
+use memmap2::MmapMut;
 use nix::mount::MntFlags;
 
 const SIZE: usize = 64 << 20;
@@ -693,6 +694,29 @@ fn what_was_written_is_flushed_when_the_daemon_ends() {
         shown.end(0);
         assert!(flushes() > before);
         drop(file);
+    });
+}
+
+#[test]
+fn what_mapped_memory_holds_reaches_a_slow_server_before_the_daemon_ends() {
+    for_transports(|transport| {
+        let Some(bench) = Bench::new(Linking::Plugin) else {
+            return;
+        };
+        let image = bench.workshop.path("image");
+        File::create(&image).unwrap().set_len(1 << 20).unwrap();
+        let name = image.to_str().unwrap();
+        // Longer than the daemon waits for anything else.
+        let server = bench.server(&["--filter=delay", "file", name, "wdelay=3"]);
+        let shown = bench.show(&server, transport, &[]);
+        let file = shown.open();
+        // SAFETY: nobody else changes the file, and nothing touches the memory
+        // after the export's end.
+        let mut memory = unsafe { MmapMut::map_mut(&file) }.unwrap();
+        memory.copy_from_slice(&pattern(3, 1 << 20));
+        shown.end(0);
+        assert!(fs::read(&image).unwrap() == pattern(3, 1 << 20));
+        drop((memory, file));
     });
 }
 

@@ -19,8 +19,9 @@ use crate::size;
 ///
 /// blkfused mounts IMAGE over the existing regular file MOUNTPOINT, stays in
 /// the foreground, and ends when it is told to (SIGTERM, SIGINT, SIGHUP) or
-/// when everything it exports was unmounted. Without any arguments it exports
-/// a small image made for the occasion, to look at.
+/// when everything it exports was unmounted. It first finishes what is under
+/// way and has mapped memory written back; told once more, it does not. Without
+/// any arguments it exports a small image made for the occasion, to look at.
 #[derive(Debug, Parser)]
 #[command(
     name = "blkfused",

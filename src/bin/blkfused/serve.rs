@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
-use blkfuse::{Export, Stop};
+use blkfuse::{Export, State, Stop};
 use log::{error, info, warn};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -26,11 +26,14 @@ use crate::size::Size;
 
 /// How long requests in flight may take to end before the exports end anyway.
 const DRAIN: Duration = Duration::from_millis(500);
-/// How long the end of an export may take. It is near even while clients hold
-/// the file open; only a driver that does not answer delays it.
+/// How long the image may answer nothing while it is waited for because of what
+/// clients have in mapped memory.
+const SILENCE: Duration = Duration::from_secs(10);
+/// How long the end of an export may take after that. It is near even while
+/// clients hold the file open; only a driver that does not answer delays it.
 const DELETE: Duration = Duration::from_secs(2);
 /// How often the end of the work is looked for while signals are awaited.
-const TICK: u16 = 10;
+const TICK: Duration = Duration::from_millis(10);
 
 /// An export that was started.
 struct Running {
@@ -186,6 +189,32 @@ impl Running {
         }
     }
 
+    /// Has mapped memory written back, and takes the file away. That may take
+    /// long, but only while the image answers anything.
+    fn finish(&self) {
+        self.stop(Stop::Lazy);
+        if self.export.state() == State::Stopping {
+            info!(
+                "{}: writing back what clients have in mapped memory",
+                self.disk.name
+            );
+        }
+        let (mut answered, mut since) = (self.answered(), Instant::now());
+        while self.export.state() == State::Stopping && since.elapsed() < SILENCE {
+            thread::sleep(TICK);
+            let now = self.answered();
+            if now != answered {
+                (answered, since) = (now, Instant::now());
+            }
+        }
+    }
+
+    /// How many requests have been answered.
+    fn answered(&self) -> u64 {
+        let stats = self.export.stats();
+        stats.by_kind.iter().map(|kind| kind.operations).sum()
+    }
+
     /// After the export ended by itself: clears it away; true if that was no
     /// failure.
     fn ended(self, ending: &Ending) -> bool {
@@ -225,8 +254,13 @@ fn stop_all(running: Vec<Option<Running>>, signals: &Signals) -> bool {
         warn!("stopping by force; whoever uses the files gets errors");
         running.iter().for_each(|one| one.stop(Stop::Force));
     };
-    attend(signals, force, || quiesce(&running));
-    attend(signals, give_up, || delete_all(running))
+    let end = || {
+        quiesce(&running);
+        at_once(running.iter().collect(), Running::finish);
+    };
+    attend(signals, force, end);
+    let delete_all = || at_once(running, Running::delete);
+    !attend(signals, give_up, delete_all).contains(&false)
 }
 
 /// Lets the requests in flight end and makes everything written durable.
@@ -250,16 +284,16 @@ fn quiesce(running: &[Running]) {
     }
 }
 
-/// Ends all exports and flushes their images; true if all went well.
-fn delete_all(running: Vec<Running>) -> bool {
-    // At the same time: none has to wait for another's slow unmounting.
+/// Does the same to all exports at the same time: none has to wait for another's
+/// slow unmounting.
+fn at_once<T: Send, R: Send>(exports: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
+    let work = &work;
     thread::scope(|scope| {
-        let deletions: Vec<_> = running
+        let threads: Vec<_> = exports
             .into_iter()
-            .map(|one| scope.spawn(|| one.delete()))
+            .map(|one| scope.spawn(move || work(one)))
             .collect();
-        let results: Vec<bool> = deletions.into_iter().map(result_of).collect();
-        !results.contains(&false)
+        threads.into_iter().map(result_of).collect()
     })
 }
 
@@ -286,7 +320,7 @@ fn attend<R: Send>(
         let worker = scope.spawn(work);
         while !worker.is_finished() {
             let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-            if matches!(poll(&mut fds, TICK), Ok(n) if n > 0)
+            if matches!(poll(&mut fds, TICK.as_millis() as u16), Ok(n) if n > 0)
                 && matches!(signals.next(), Ok(Some(_)))
             {
                 on_signal();
