@@ -365,10 +365,16 @@ static void *run(void *connection_)
     struct disk *disk = connection->disk;
     struct job *job, *next;
 
-    if (connection->queue && blkfuse_queue_attach(connection->queue) < 0) {
-        fail(disk, "a queue", blkfuse_error_message());
-        connection->queue = NULL;
-        kill(getpid(), SIGTERM);
+    if (connection->queue) {
+        int error = blkfuse_queue_attach(connection->queue);
+
+        if (error < 0)
+            connection->queue = NULL;
+        /* It may have ended, with the export, before this thread was there. */
+        if (error < 0 && error != -ESHUTDOWN) {
+            fail(disk, "a queue", blkfuse_error_message());
+            kill(getpid(), SIGTERM);
+        }
     }
     if (serve(connection)) {
         nbd_aio_disconnect(connection->nbd, 0);
