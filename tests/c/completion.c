@@ -1,4 +1,6 @@
 /* completion.c - when, how often, from where and with what requests end. */
+#include <sched.h>
+
 #include "harness.h"
 
 /* What the read callback does. */
@@ -194,6 +196,9 @@ static void after_the_delete(bool waits)
     else
         CHECK(blkfuse_export_delete(&export_) == 0);
     CHECK(export_ == NULL);
+    /* Who waits so briefly may see it go. */
+    while (waits && is_mounted())
+        sched_yield();
     CHECK(!is_mounted());
     CHECK(flag_get(&deleted) == deleted_before);
     CHECK(complete_last(0) == 0);
