@@ -1,7 +1,7 @@
 /* completion.c - when, how often, from where and with what requests end. */
-#include <sched.h>
-
 #include "harness.h"
+
+#include <sched.h>
 
 /* What the read callback does. */
 static enum { SYNC, EARLY, EARLY_AND_RETURN, LATER, RETURN } manner;
